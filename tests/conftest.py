@@ -1,0 +1,139 @@
+"""What several test files need: the scripts as strangers run them, and a server that misbehaves."""
+
+import http.server
+import importlib
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.dont_write_bytecode = True
+torch.set_num_threads(2)
+
+
+def edited_copy(script, folder, **constants):
+    """Copy a script to `folder`, with constants edited as a person would; returns the new path.
+
+    Strings are values to be quoted: edited_copy("char_gpt.py", tmp_path, MAX_ITERS=5, PROMPT="a").
+    """
+    source = (ROOT / script).read_text(encoding="utf-8")
+    for name, value in constants.items():
+        source, count = re.subn(
+            rf"^{name} = .*$", lambda _, n=name, v=value: f"{n} = {v!r}", source, flags=re.M
+        )
+        assert count == 1, f"{script} has {count} lines that set {name}"
+    path = Path(folder) / script
+    path.write_text(source, encoding="utf-8")
+    return path
+
+
+def run_script(path, *flags, cwd=None, timeout=300, **more):
+    """Run a script as a process of its own, in its own folder; returns the finished process."""
+    return subprocess.run(
+        [sys.executable, str(path), *flags],
+        cwd=cwd or Path(path).parent,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=timeout,
+        check=False,
+        **more,
+    )
+
+
+def assert_one_line_error(process, *words, status=1):
+    """The process failed as the contract says: its status, one line on stderr, no traceback."""
+    assert process.returncode == status, (process.returncode, process.stderr)
+    assert "Traceback" not in process.stderr
+    lines = process.stderr.strip().splitlines()
+    assert status == 2 or len(lines) == 1, process.stderr
+    for word in words:
+        assert word in lines[-1], (word, process.stderr)
+
+
+def load_fresh(name):
+    """Import a script anew, so that no test sees the constants of another."""
+    sys.modules.pop(name, None)
+    return importlib.import_module(name)
+
+
+class FaultyServer(http.server.ThreadingHTTPServer):
+    """Serves `files` ({"/path": bytes}), and commits one of `faults` per request, in that order.
+
+    A fault is an int (that status), "stall" (headers, half the body, then silence), "cut" (half the
+    body, then the connection closes), "wrong" (other bytes of the same length), "lie" (a
+    Content-Length that is too small), or None (no fault). After the last, all is well.
+    `seen` lists (path, headers) of every request. Byte ranges are honoured where `ranges` is True.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files, self.faults, self.seen, self.ranges = {}, [], [], True
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.0"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        server = self.server
+        server.seen.append((self.path, dict(self.headers)))
+        fault = server.faults.pop(0) if server.faults else None
+        content = server.files.get(self.path.partition("?")[0])
+        if isinstance(fault, int) or content is None:
+            self.send_error(fault if isinstance(fault, int) else 404)
+            return
+        start = 0
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if wanted and server.ranges:
+            start = int(wanted[1])
+            if start >= len(content):
+                self.send_error(416)
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        payload = content[start:]
+        if fault == "wrong":
+            payload = bytes(byte ^ 1 for byte in payload[:64]) + payload[64:]
+        length = len(payload) // 2 if fault == "lie" else len(payload)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        if not body:
+            return
+        if fault in ("stall", "cut"):
+            payload = payload[: len(payload) // 2]
+        try:
+            self.wfile.write(payload)
+            self.wfile.flush()
+            if fault == "stall":
+                time.sleep(5)
+        except OSError:
+            pass  # the client has gone
+
+
+@pytest.fixture
+def server():
+    """A `FaultyServer` on this machine, for one test."""
+    server = FaultyServer()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
