@@ -299,6 +299,10 @@ class LM(nn.Module):
         self.blocks = nn.Sequential(*(Block(n_embed, n_heads, dropout) for _ in range(n_layers)))
         self.final_norm = nn.LayerNorm(n_embed)
         self.lm_head = nn.Linear(n_embed, vocab_size)
+        # Small logits are nearly equal odds for all tokens: the loss begins at ln V, like that of a
+        # model that knows nothing. PyTorch's own, larger start has convictions, and they are wrong.
+        nn.init.normal_(self.lm_head.weight, std=0.02)
+        nn.init.zeros_(self.lm_head.bias)
 
     def forward(self, idx, targets=None):
         """Predict the next token at every position, and say how wrong that was.
@@ -929,9 +933,9 @@ def main(argv=None):
     if not flags.sample:
         text = load_text(flags.data, DATA_URL if flags.data == DATA else None, DATA_SHA256)
         tokenizer = Tokenizer(text)
-        prompt_ids = tokenizer.encode(flags.prompt)
         tokens = split_text(text, tokenizer, TRAIN_SHARE, BLOCK_SIZE)
         train_tokens, val_tokens = (part.to(device) for part in tokens)
+        prompt_ids = tokenizer.encode(flags.prompt)  # a bad prompt is found before the training
 
         torch.manual_seed(SEED)
         model = LM(tokenizer.vocab_size, BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT).to(device)

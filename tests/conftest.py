@@ -1,7 +1,9 @@
 """What several test files need: the scripts as strangers run them, and a server that misbehaves."""
 
+import ast
 import http.server
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.dont_write_bytecode = True
-torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "1"  # small models gain nothing from threads, and share the cores
+torch.set_num_threads(1)
 
 
 def edited_copy(script, folder, **constants):
@@ -25,10 +28,15 @@ def edited_copy(script, folder, **constants):
     """
     source = (ROOT / script).read_text(encoding="utf-8")
     for name, value in constants.items():
-        source, count = re.subn(
-            rf"^{name} = .*$", lambda _, n=name, v=value: f"{n} = {v!r}", source, flags=re.M
-        )
-        assert count == 1, f"{script} has {count} lines that set {name}"
+        places = [
+            node
+            for node in ast.parse(source).body
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name
+        ]
+        assert len(places) == 1, f"{script} sets {name} {len(places)} times"
+        lines = source.splitlines(keepends=True)
+        lines[places[0].lineno - 1 : places[0].end_lineno] = [f"{name} = {value!r}\n"]
+        source = "".join(lines)
     path = Path(folder) / script
     path.write_text(source, encoding="utf-8")
     return path
