@@ -1,0 +1,1446 @@
+"""A GPT in one file, word by word: it reads 50,000 film reviews and learns to write another.
+
+HEADER_TO_BE_WRITTEN
+"""
+
+import argparse
+import contextlib
+import ctypes
+import hashlib
+import inspect
+import math
+import os
+import re
+import signal
+import sys
+import tarfile
+import time
+import unicodedata
+import zlib
+from array import array
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------
+# 1. Hyperparameters
+# ---------------------------------------------------------------------------------------------
+
+NAME = "word_gpt"  # the files that a run writes are NAME.pt, NAME.resume.pt and NAME*.png
+ON_GPU = torch.cuda.is_available()  # where two values stand on a line, the first is for a GPU
+DEVICE = "cuda" if ON_GPU else "mps" if torch.backends.mps.is_available() else "cpu"
+SEED = 1337  # same seed, machine and versions: same weights; another seed: another model and sample
+
+# Data
+DATA = "data/aclImdb_v1.tar.gz"  # or UTF-8 text; looked for beside this file, then from here
+DATA_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"  # 84 MB
+DATA_SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
+TRAIN_SHARE = 0.8  # 80% of the reviews are for training, the rest is never trained on
+VAL_SHARE = 0.1  # 10% choose the best weights; what is left, 10%, is looked at once, at the end
+CLEANING = "spaced"  # "reference": cruder rules, that glue words together; see `clean`
+MIN_FREQ = 5 if ON_GPU else 40  # a rarer word is <unk>: lower knows more words, at more time a step
+
+# Model
+EXPERIMENT = "small"  # or "large": sets the four constants that name it below
+BLOCK_SIZE = 64  # tokens of context: more is better informed, and costs time for each token
+N_EMBED = 512 if EXPERIMENT == "large" else 256  # channels: more can learn more, at more time
+N_LAYERS = 4 if EXPERIMENT == "large" else 2  # blocks, one after the other: deeper, and slower
+N_HEADS = 8 if EXPERIMENT == "large" else 2  # heads per block, each N_EMBED / N_HEADS wide
+DROPOUT = 0.1 if ON_GPU else 0.0  # share of activations zeroed in training: more overfits later
+
+# Optimisation
+BATCH_SIZE = 128 if ON_GPU else 32  # windows per step: more is a smoother, costlier gradient
+MAX_ITERS = 10000 if ON_GPU else 3000  # steps: more learns more, until it learns by heart
+SCHEDULE = "constant" if EXPERIMENT == "large" else "one-cycle"  # see `learning_rate_at`
+LEARNING_RATE = 1e-3 if ON_GPU else 3e-3  # the peak; too high diverges, too low learns slowly
+WARMUP_ITERS = 100  # steps to reach the peak: Adam's first averages are too noisy for full steps
+BETAS = (
+    0.9,
+    0.99,
+)  # memory of AdamW's averages of gradients and of their squares (about 10 and 100 steps)
+WEIGHT_DECAY = 0.1  # pull of the matrices towards zero: more generalises better, fits worse
+GRADIENT_CLIP = 1.0  # the longest gradient let through: one bad batch cannot throw the model far
+
+# Evaluation
+EVAL_INTERVAL = 500  # steps between two evaluations: fewer show more, and take more time
+EVAL_ITERS = 10  # batches per evaluation and split: more are more exact, and take more time
+
+# Generation
+PROMPT = "I think this movie was"  # the text to continue
+SAMPLE_TOKENS = 100  # length of the continuation at the end, where no <eos> ends it before
+TEMPERATURE = 0.8  # 0: always the likeliest token; 1: the model's own odds; above: wilder
+TOP_K = None  # draw among this many likeliest tokens only; None: among all
+TOP_P = None  # draw among the likeliest tokens that make up this probability; None: all
+PICTURE_TOKENS = 32  # words in the picture of attention: more are smaller; at most BLOCK_SIZE
+BEAMS = 0  # texts that the search for the likeliest text follows at once; 0: no search
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Data and tokenizer
+# ---------------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """An error that the user can mend; run as a script, it prints as one line, no traceback."""
+
+
+def load_text(path, url, sha256):
+    """Return the text of a UTF-8 file; fetch it first when it is nowhere to be found.
+
+    Args:
+        path: file name. One without folders is looked for beside this script, then in the current
+            folder.
+        url, sha256: where the file can be downloaded and what it must hash to; None: nowhere.
+
+    Raises:
+        UserError: the file is missing, unreadable, or not UTF-8.
+    """
+    path = Path(path)
+    beside_script = Path(__file__).with_name(path.name)
+    if path.parent == Path() and beside_script.exists():
+        path = beside_script
+    if not path.exists():
+        if url is None:
+            raise UserError(f"there is no file {path}: name one that exists with --data")
+        download(url, path, sha256)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text ({error}): convert it, then try again"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def read_archive(path):
+    """Return the 50,000 reviews of the archive, a list of str, in the order of their file names.
+
+    It is read from front to back, member by member, and never extracted: what a strange archive
+    calls its files can then do no harm. The order of its members is an accident of whoever packed
+    it, so the reviews are sorted. What else lies in it (unlabelled reviews, counts) is skipped.
+
+    Raises:
+        UserError: it is damaged or cut off, lacks reviews, or has members that no archive of
+            reviews should have.
+    """
+    texts = {}
+    try:
+        with tarfile.open(path, "r|gz") as archive:
+            for member in archive:
+                if ".." in member.name.split("/") or not (member.isfile() or member.isdir()):
+                    raise UserError(
+                        f"{path} has a member {member.name!r} that is a link, or points out of the "
+                        "archive: get a clean copy"
+                    )
+                if re.fullmatch(r"aclImdb/(train|test)/(pos|neg)/\d+_\d+\.txt", member.name):
+                    texts[member.name] = archive.extractfile(member).read().decode("utf-8")
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        tarfile.TarError,
+        UnicodeDecodeError,
+    ) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, and get it again") from error
+    for part in ("train", "test"):
+        found = sum(name.startswith(f"aclImdb/{part}/") for name in texts)
+        if found != 25_000:
+            raise UserError(f"{path} has {found:,} {part} reviews, not 25,000: get a whole copy")
+    return [texts[name] for name in sorted(texts)]
+
+
+def load_reviews(path):
+    """Return the reviews of an archive, or the paragraphs of a UTF-8 text file: a list of str.
+
+    Raises:
+        UserError: the file is missing, unreadable, damaged, or not UTF-8.
+    """
+    try:
+        with open(path, "rb") as file:
+            is_gzip = file.read(2) == b"\x1f\x8b"  # how every gzip file begins
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    return read_archive(path) if is_gzip else re.split(r"\n\s*\n", load_text(path, None, None))
+
+
+def clean(text, cleaning):
+    """Reduce a text to words of the letters a to z, with one space between two of them.
+
+    A model can learn only what it sees often: `Film`, `film,` and `film.` are one word to it, so
+    that it sees that word more often. What it costs: it will never write a full stop.
+
+    Args:
+        cleaning: "spaced", where a removed mark leaves a space wherever one belongs, or
+            "reference", which removes marks without a trace, as many published notebooks do.
+
+    >>> clean("A well-made film.<br /><br />The END", "spaced")  # markup and hyphens
+    'a well made film the end'
+    >>> clean("A well-made film.<br /><br />The END", "reference")
+    'a wellmade filmthe end'
+    >>> clean("Don't miss it: 10/10! www.example.com me@example.com", "spaced")
+    'dont miss it'
+    >>> clean("The cliché of the 1980's", "spaced"), clean("The cliché of the 1980's", "reference")
+    ('the cliche of the s', 'the clich of the s')
+
+    Raises:
+        UserError: there is no such cleaning.
+    """
+    if cleaning not in ("spaced", "reference"):
+        raise UserError(f'CLEANING = {cleaning!r}: must be "spaced" or "reference"')
+    gap = " " if cleaning == "spaced" else ""
+    text = re.sub(r"<.*?>", gap, text).lower()  # <br />
+    text = re.sub(r"http\S+|www\.\S+", gap, text)  # http://example.com/a?b=c
+    text = re.sub(r"\S+@\S+\.\S+", gap, text)  # someone@example.com
+    if cleaning == "spaced":
+        text = re.sub(r"['’`´]", "", text)  # don't -> dont: an apostrophe joins
+        if not text.isascii():  # é -> e and an accent of its own -> e
+            text = re.sub(r"[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text))
+    text = re.sub(r"[^a-z\s]+", gap, text)  # digits and punctuation
+    return " ".join(text.split())
+
+
+class Tokenizer:
+    """Turns text into numbers and back: each word is its place in a list, frequent words first.
+
+    Three places stand for no word: `<pad>` fills what is empty, `<unk>` is any word that is not in
+    the list, and `<eos>` is the end of a review.
+
+    Args:
+        vocabulary: {"cleaning": see `clean`, "words": list of str, the three above left out}.
+
+    >>> tokenizer = Tokenizer({"cleaning": "spaced", "words": ["the", "film"]})
+    >>> tokenizer.vocab_size
+    5
+    >>> tokenizer.encode("The film, the PLOT!")
+    [3, 4, 3, 1]
+    >>> tokenizer.decode([3, 4, 3, 1])
+    'the film the <unk>'
+    """
+
+    pad, unk, eos = 0, 1, 2
+
+    def __init__(self, vocabulary):
+        self.vocabulary = vocabulary
+        self.words = ["<pad>", "<unk>", "<eos>", *vocabulary["words"]]
+        self.vocab_size = len(self.words)
+        self.id_of = {word: i for i, word in enumerate(self.words)}
+
+    def encode(self, text):
+        """Return the ids of the words of `text`, a list of ints. Any text will do."""
+        words = clean(text, self.vocabulary["cleaning"]).split()
+        return [self.id_of.get(word, self.unk) for word in words]
+
+    def decode(self, ids):
+        """Return the text of a list of ids; the inverse of `encode` for clean, known words."""
+        return " ".join(self.words[i] for i in ids)
+
+
+def build_vocabulary(texts, cleaning, min_freq):
+    """Return the vocabulary of a list of clean texts: the words seen at least `min_freq` times.
+
+    They are sorted by count, and by spelling where the counts are equal, so that the same texts
+    make the same ids on every machine.
+
+    >>> build_vocabulary(["b a b", "c a b"], "spaced", min_freq=2)
+    {'cleaning': 'spaced', 'words': ['b', 'a']}
+    """
+    counts = Counter()
+    for text in texts:
+        counts.update(text.split())
+    words = [word for word, count in counts.items() if count >= min_freq]
+    return {
+        "cleaning": cleaning,
+        "words": sorted(words, key=lambda word: (-counts[word], word)),
+    }
+
+
+def make_corpus(reviews, cleaning, min_freq, train_share, val_share, seed):
+    """Clean the reviews, deal them out, and turn them into numbers.
+
+    They are shuffled first: the archive has them sorted by star rating and set, and no part should
+    have only bad ones. A review goes to one part as a whole. The vocabulary is made of the training
+    reviews alone: a word that only the others have would be no surprise otherwise.
+
+    Args:
+        reviews: list of str. cleaning: see `clean`. min_freq: see `build_vocabulary`.
+        train_share, val_share: of the reviews; the rest is for the test.
+
+    Returns:
+        {"vocabulary", "train", "val", "test"}: the last three are {"tokens": (N,) int32 ids, with
+        <eos> behind each review, "characters": how many the clean text has, with one behind each
+        word}.
+
+    Raises:
+        UserError: there are too few reviews, or too few words that are frequent enough.
+    """
+    texts = [text for text in (clean(review, cleaning) for review in reviews) if text]
+    generator = torch.Generator().manual_seed(seed)
+    texts = [texts[i] for i in torch.randperm(len(texts), generator=generator).tolist()]
+    cuts = [
+        0,
+        int(train_share * len(texts)),
+        int((train_share + val_share) * len(texts)),
+    ]
+    parts = dict(
+        zip(
+            ("train", "val", "test"),
+            zip(cuts, [*cuts[1:], None], strict=True),
+            strict=True,
+        )
+    )
+    corpus = {}
+    for part, (begin, end) in parts.items():
+        chosen = texts[begin:end]
+        if not chosen:
+            raise UserError(
+                f"{len(texts):,} documents are too few: none is left for {part}; documents are "
+                "paragraphs with an empty line between two of them"
+            )
+        if part == "train":
+            corpus["vocabulary"] = build_vocabulary(chosen, cleaning, min_freq)
+            id_of = Tokenizer(corpus["vocabulary"]).id_of
+            if not corpus["vocabulary"]["words"]:
+                raise UserError(
+                    f"no word comes MIN_FREQ = {min_freq} times: lower it, or use a longer text"
+                )
+        ids = array("i")
+        for text in chosen:
+            ids.extend([id_of.get(word, Tokenizer.unk) for word in text.split()])
+            ids.append(Tokenizer.eos)
+        corpus[part] = {
+            "tokens": torch.tensor(ids, dtype=torch.int32),
+            "characters": sum(len(text) + 1 for text in chosen),
+        }
+    return corpus
+
+
+def load_corpus(path, url, sha256, **settings):
+    """Return what `make_corpus` makes of a file, from a cache where one is there already.
+
+    The cache lies beside the file; where that folder cannot be written, in data/ of the current
+    one. Its name holds a hash of all that it depends on: the content of the file, the settings, and
+    the source of the functions above. Change one, and another cache is made.
+
+    Args:
+        path: an archive of reviews or a UTF-8 text. A relative one is looked for beside this script
+            first, then in the current folder.
+        url, sha256: where the file can be downloaded and what it must hash to; None: nowhere.
+        settings: the further arguments of `make_corpus`.
+
+    Raises:
+        UserError: the file is missing and cannot be downloaded, or is bad; see above.
+    """
+    beside_script = Path(__file__).parent / path
+    path = beside_script if beside_script.exists() else Path(path)
+    if not path.exists():
+        if url is None:
+            raise UserError(f"there is no file {path}: name one that exists with --data")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        download(url, path, sha256)
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
+    for function in (read_archive, load_reviews, clean, build_vocabulary, make_corpus):
+        digest.update(inspect.getsource(function).encode())
+    try:
+        digest.update(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    # A folder that is marked read-only is left alone even by root, who could write there.
+    folder = path.parent
+    if not (folder.stat().st_mode & 0o222 and os.access(folder, os.W_OK)):
+        folder = Path("data")
+    cache = folder / f"{path.name.partition('.')[0]}.{digest.hexdigest()[:8]}.pt"
+    start = time.perf_counter()
+    with contextlib.suppress(Exception):  # no cache, or a damaged one: it is made anew
+        corpus = torch.load(cache, weights_only=True)
+        print(f"reviews    from {cache} in {time.perf_counter() - start:.1f} s")
+        return corpus
+    corpus = make_corpus(load_reviews(path), **settings)
+    folder.mkdir(exist_ok=True)
+    with replacing(cache) as temporary:
+        torch.save(corpus, temporary)
+    print(f"reviews    {path} cleaned in {time.perf_counter() - start:.1f} s, kept in {cache}")
+    return corpus
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Model
+# ---------------------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """Scaled dot-product attention: every position looks back, and takes what it needs.
+
+        attention(Q, K, V) = softmax(Q Kᵀ / √hs) V          Vaswani et al. 2017, eq. 1
+
+    A query says what a position looks for, a key what a position has to offer, and a value what it
+    hands over when asked. There is nothing to learn in here: the weights that make queries, keys
+    and values are in `MultiHead`. And only the last two dimensions matter, so that all heads of all
+    texts of a batch go through at once, as one large matrix product that is faster than many small.
+    """
+
+    def forward(self, queries, keys, values):
+        """Attend. All three are (B, H, T, hs), and so is the result."""
+        T, hs = queries.shape[-2:]
+        # A sum of hs products grows like √hs. Undivided, it would drive the softmax to its ends,
+        # where one weight is 1, the others are 0, and no gradient comes back.
+        # (B, H, T, hs) @ (B, H, hs, T) -> (B, H, T, T): row t, how well position t likes each other
+        scores = (queries * hs**-0.5) @ keys.transpose(-2, -1)
+        # Position t must not see what comes after it, for that is what it has to predict. Above the
+        # diagonal -inf is added, and exp(-inf) = 0: a weight of exactly zero.
+        future = torch.full((T, T), -math.inf, dtype=scores.dtype, device=scores.device).triu(1)
+        weights = F.softmax(scores + future, dim=-1)  # (B, H, T, T), each row sums to 1
+        return weights @ values  # (B, H, T, T) @ (B, H, T, hs) -> (B, H, T, hs)
+
+
+class MultiHead(nn.Module):
+    """Several heads side by side, each on its own channels; then a mix of what they found.
+
+    One head can look at one kind of thing: the last vowel, or who is speaking. H heads look at H
+    things, each in hs = C / H channels, for the price of one head that is C wide.
+    Vaswani et al. 2017, section 3.2.2.
+
+    Args:
+        n_embed: C, channels in and out.
+        n_heads: H; must divide `n_embed`.
+        dropout: share of the outgoing channels zeroed in training.
+
+    Raises:
+        UserError: `n_embed` is not divisible by `n_heads`.
+    """
+
+    def __init__(self, n_embed, n_heads, dropout):
+        super().__init__()
+        if n_embed % n_heads:
+            raise UserError(f"N_EMBED = {n_embed} is not divisible by N_HEADS = {n_heads}")
+        self.n_heads = n_heads
+        # Three projections in one matrix. No bias: on queries and keys it would hardly matter.
+        self.queries_keys_values = nn.Linear(n_embed, 3 * n_embed, bias=False)
+        self.head = Head()
+        self.projection = nn.Linear(n_embed, n_embed)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        """Let every position of x (B, T, C) collect from the positions before it: (B, T, C)."""
+        B, T, C = x.shape
+        # (B, T, C) @ (C, 3C) -> (B, T, 3C), cut into three (B, T, C)
+        projected = self.queries_keys_values(x).split(C, dim=-1)
+        # Each head gets its own hs channels: (B, T, C) -> (B, T, H, hs) -> (B, H, T, hs)
+        queries, keys, values = (
+            part.view(B, T, self.n_heads, C // self.n_heads).transpose(1, 2) for part in projected
+        )
+        found = self.head(queries, keys, values)
+        # Side by side again: (B, H, T, hs) -> (B, T, H, hs) -> (B, T, C)
+        found = found.transpose(1, 2).reshape(B, T, C)
+        return self.dropout(self.projection(found))  # (B, T, C) @ (C, C) -> (B, T, C)
+
+
+class FeedForward(nn.Module):
+    """Two layers that work on every position by itself: attention collects, this digests.
+
+    In between it is 4 times as wide, the ratio of Vaswani et al. 2017, section 3.3 (512 and 2048).
+
+    Args:
+        n_embed: C, channels in and out.
+        dropout: share of the outgoing channels zeroed in training.
+    """
+
+    def __init__(self, n_embed, dropout):
+        super().__init__()
+        self.expand = nn.Linear(n_embed, 4 * n_embed)
+        self.shrink = nn.Linear(4 * n_embed, n_embed)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        """Transform each position of x (B, T, C) alone: (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
+        hidden = F.relu(self.expand(x))  # without a kink in between, two layers would be one
+        return self.dropout(self.shrink(hidden))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each added to what was there.
+
+    The sum is a road on which gradients reach the first layer undisturbed (residual connections, He
+    et al. 2015, arXiv 1512.03385). LayerNorm brings each position to mean 0 and deviation 1. It
+    stands before each part, off the road, where training is more stable than with it on the road
+    (pre-LayerNorm, Xiong et al. 2020, arXiv 2002.04745).
+
+    Args:
+        n_embed: C, channels. n_heads: H, heads. dropout: share zeroed in training.
+    """
+
+    def __init__(self, n_embed, n_heads, dropout):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(n_embed)
+        self.attention = MultiHead(n_embed, n_heads, dropout)
+        self.norm2 = nn.LayerNorm(n_embed)
+        self.feed_forward = FeedForward(n_embed, dropout)
+
+    def forward(self, x):
+        """Add to x (B, T, C) what attention and feed-forward make of it: (B, T, C)."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.feed_forward(self.norm2(x))
+
+
+class LM(nn.Module):
+    """The language model: for every position, the odds of each token of coming next.
+
+    Args:
+        vocab_size: V, how many tokens there are.
+        block_size: the longest context, in tokens.
+        n_embed: C, channels. n_heads: H, heads per block. n_layers: blocks.
+        dropout: share of activations zeroed in training, 0 to 1.
+    """
+
+    def __init__(self, vocab_size, block_size, n_embed, n_heads, n_layers, dropout):
+        super().__init__()
+        self.sizes = {
+            "vocab_size": vocab_size,
+            "block_size": block_size,
+            "n_embed": n_embed,
+            "n_heads": n_heads,
+            "n_layers": n_layers,
+            "dropout": dropout,
+        }
+        self.block_size = block_size
+        self.token_embedding = nn.Embedding(vocab_size, n_embed)
+        self.position_embedding = nn.Embedding(block_size, n_embed)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.Sequential(*(Block(n_embed, n_heads, dropout) for _ in range(n_layers)))
+        self.final_norm = nn.LayerNorm(n_embed)
+        self.lm_head = nn.Linear(n_embed, vocab_size)
+        # Small logits are nearly equal odds for all tokens: the loss begins at ln V, like that of a
+        # model that knows nothing. PyTorch's own, larger start has convictions, and they are wrong.
+        nn.init.normal_(self.lm_head.weight, std=0.02)
+        nn.init.zeros_(self.lm_head.bias)
+
+    def forward(self, idx, targets=None):
+        """Predict the next token at every position, and say how wrong that was.
+
+        Args:
+            idx: (B, T) token ids, int64, T at most `block_size`.
+            targets: (B, T) the tokens that really came next, `<pad>` where none came, or None.
+
+        Returns:
+            logits (B, T, V), float32, and the loss: the mean of -ln(probability given to the
+            target), in nats per token; None without targets. With targets, the logits are those of
+            the N positions that have one alone: (N, V).
+        """
+        T = idx.shape[1]
+        # Attention sees a set, not a sequence: where a token stands has to be told. Both are looked
+        # up in tables and added: (B, T, C) + (T, C) -> (B, T, C)
+        positions = torch.arange(T, device=idx.device)
+        x = self.token_embedding(idx) + self.position_embedding(positions)
+        x = self.blocks(self.dropout(x))
+        x = self.final_norm(x)
+        # (B, T, C) @ (C, V) -> (B, T, V); float32, since 8 bits are too few for exponentials
+        if targets is None:
+            return self.lm_head(x).float(), None
+        # With a large V, this layer is nearly all of the work: it is not done for padding.
+        real = targets != Tokenizer.pad
+        logits = self.lm_head(x[real]).float()  # (B, T, C) -> (N, C) @ (C, V) -> (N, V)
+        return logits, F.cross_entropy(logits, targets[real])
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Batches and loss
+# ---------------------------------------------------------------------------------------------
+
+
+def cut_windows(tokens, starts, block_size):
+    """Cut windows at the given places; the targets are the same windows, one token later.
+
+    A window ends where its review ends, and the rest is filled with `<pad>`. No mask has to keep
+    attention from it: padding stands on the right, and every position looks to the left only. What
+    is computed at the padding itself is ignored, for there is no target.
+
+    With <pad> = 0 and <eos> = 2, tokens [5, 6, 7, 2, 8, 9, 2], one window of 4, start 1:
+    x = [[6, 7, 2, 0]], y = [[7, 2, 0, 0]]. After 6 comes 7, after 6 7 comes the end, and no more.
+
+    Args:
+        tokens: (N,) ids, the last of which is `<eos>`. starts: (B,) places in it, int64.
+
+    Returns:
+        x and y, both (B, T) with T = block_size, int64, on the device of `tokens`.
+    """
+    offsets = torch.arange(block_size + 1)
+    places = (starts[:, None] + offsets).clamp(
+        max=len(tokens) - 1
+    )  # (B, 1) + (T + 1) -> (B, T + 1)
+    windows = tokens[places.to(tokens.device)].long()
+    is_end = windows == Tokenizer.eos
+    windows[is_end.cumsum(1) - is_end.long() > 0] = Tokenizer.pad  # an <eos> came before
+    return windows[:, :-1], windows[:, 1:]
+
+
+def get_batch(tokens, batch_size, block_size):
+    """Cut windows at random places, each of a single review; see `cut_windows`.
+
+    Args:
+        tokens: (N,) ids, `<eos>` behind each review.
+
+    Returns:
+        x and y, both (B, T) with B = batch_size and T = block_size, on the device of `tokens`.
+    """
+    starts = torch.randint(len(tokens), (batch_size,), device="cpu")
+    # Behind an <eos> nothing comes: such a window starts at the word before it.
+    starts -= (tokens[starts.to(tokens.device)] == Tokenizer.eos).cpu().long()
+    return cut_windows(tokens, starts, block_size)
+
+
+def has_bfloat16(device):
+    """Say whether the hardware itself computes in bfloat16. Emulated, it would be slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(flags.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def mixed_precision(device):
+    """Return a context in which matrix products run in bfloat16, where the hardware has it.
+
+    bfloat16 has float32's range with 8 bits of precision in place of 24. Half the bytes, twice the
+    speed, and gradients are noisy anyhow. Weights and their updates stay in float32.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device))
+
+
+@contextlib.contextmanager
+def evaluation(model):
+    """Inside: no dropout, no gradients. After it, the model is in the mode it was found in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), mixed_precision(model.lm_head.weight.device):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def estimate_loss(model, tokens, batch_size, eval_iters=None):
+    """Return how well the model predicts `tokens`, without any randomness.
+
+    Reviews are cut into windows side by side, so that every token but a first is a target once.
+    The last window holds what is left, and is filled up with padding, which counts for nothing.
+
+    Args:
+        tokens: (N,) ids, `<eos>` behind each review.
+        batch_size: windows at a time; changes the speed, not the result.
+        eval_iters: at most this many batches, evenly spread over the text; None: the whole text.
+
+    Returns:
+        {"loss": mean nats per token, "accuracy": share of targets that were thought the likeliest
+        token, 0 to 1, "known_loss": mean nats per target that is not `<unk>`}. The last is there
+        because to guess "some rare word" is easier than to guess which: `<unk>` flatters the loss.
+    """
+    T = model.block_size
+    ends = (tokens == Tokenizer.eos).nonzero().flatten().tolist()
+    begins = [0, *(end + 1 for end in ends[:-1])]
+    starts = torch.cat([torch.arange(*part, T) for part in zip(begins, ends, strict=True)])
+    if eval_iters is not None and len(starts) > eval_iters * batch_size:
+        starts = starts[torch.linspace(0, len(starts) - 1, eval_iters * batch_size).long()]
+    total = known_total = correct = n_known = n_targets = 0
+    with evaluation(model):
+        for some in starts.split(batch_size):
+            x, y = cut_windows(tokens, some, T)
+            logits, _ = model(x, y)
+            y = y[y != Tokenizer.pad]  # (B, T) -> (N,), the order of the logits (N, V)
+            losses = F.cross_entropy(logits, y, reduction="none")
+            known = y != Tokenizer.unk
+            total += losses.sum().item()
+            known_total += losses[known].sum().item()
+            correct += (logits.argmax(-1) == y).sum().item()
+            n_known += known.sum().item()
+            n_targets += len(y)
+    return {
+        "loss": total / n_targets,
+        "accuracy": correct / n_targets,
+        "known_loss": known_total / max(1, n_known),
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Generation
+# ---------------------------------------------------------------------------------------------
+
+
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    """Turn logits (B, V) into the probabilities (B, V) to draw the next token with.
+
+    Args:
+        temperature: the logits are divided by it. 0 puts everything on the likeliest token.
+        top_k: keep this many of the likeliest tokens (Fan et al. 2018, arXiv 1805.04833).
+        top_p: keep the fewest likeliest tokens that together have this probability (nucleus
+            sampling, Holtzman et al. 2019, arXiv 1904.09751).
+
+    Returns:
+        float32 on the CPU: some versions of the MPS backend drew token ids that do not exist.
+
+    Raises:
+        UserError: temperature below 0, top_k below 1, or top_p outside (0, 1].
+    """
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise UserError(f"TEMPERATURE = {temperature}: must be 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"TOP_K = {top_k}: must be 1 or more, or None for no limit")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"TOP_P = {top_p}: must be above 0 and at most 1, or None for no limit")
+    logits = logits.float().cpu()
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    # The largest logit becomes 0 first, so that no temperature, however small, makes an infinity.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    probabilities, order = F.softmax(logits, dim=-1).sort(descending=True)
+    if top_k is not None:
+        probabilities[:, top_k:] = 0
+        probabilities /= probabilities.sum(-1, keepdim=True)
+    if top_p is not None and top_p < 1:
+        likelier = (
+            probabilities.cumsum(-1) - probabilities
+        )  # what all likelier tokens have together
+        probabilities[likelier >= top_p] = 0
+        probabilities /= probabilities.sum(-1, keepdim=True)
+    return torch.zeros_like(probabilities).scatter(-1, order, probabilities)
+
+
+def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
+    """Continue a text: predict, draw, append, and again.
+
+    Args:
+        ids: the text so far, a list of at least one id. The model sees its last `block_size`.
+        max_new_tokens: how many to add at most; a review that ends before is not continued.
+        temperature, top_k, top_p: see `next_token_probabilities`.
+
+    Yields:
+        the new token ids, ints, one at a time, without the `<eos>`.
+
+    Raises:
+        UserError: `ids` is empty, or an option is out of its range.
+    """
+    if not ids:
+        raise UserError("the prompt is empty: give at least one word to continue")
+    device = model.lm_head.weight.device
+    not_words = torch.tensor([Tokenizer.pad, Tokenizer.unk], device=device)  # never to be drawn
+    ids = list(ids)
+    for _ in range(max_new_tokens):
+        idx = torch.tensor([ids[-model.block_size :]], device=device)  # (1, T)
+        with evaluation(model):
+            logits, _ = model(idx)
+        # Only the last position is news: (1, T, V) -> (1, V)
+        logits = logits[:, -1].index_fill(-1, not_words, -math.inf)
+        probabilities = next_token_probabilities(logits, temperature, top_k, top_p)
+        ids.append(torch.multinomial(probabilities, num_samples=1).item())
+        if ids[-1] == Tokenizer.eos:
+            return
+        yield ids[-1]
+
+
+def stream(model, tokenizer, prompt, max_new_tokens, temperature, top_k, top_p):
+    """Print the prompt and its continuation as it is made. Returns both as one string."""
+    ids = tokenizer.encode(prompt)
+    pieces = [tokenizer.decode(ids)]  # what the model reads of the prompt
+    print(pieces[0], end="", flush=True)
+    for token in generate(model, ids, max_new_tokens, temperature, top_k, top_p):
+        pieces.append(" " + tokenizer.decode([token]))
+        print(pieces[-1], end="", flush=True)
+    print()
+    return "".join(pieces)
+
+
+def beam_search(model, ids, max_new_tokens, beams):
+    """Look for the likeliest continuation, following several texts at once.
+
+    Drawing word by word takes a likely word at each step; the likeliest text as a whole may begin
+    with a less likely word. So the best `beams` beginnings are all carried on. With one beam that is
+    greedy; with more beams than there are texts it finds the best of all.
+
+    The likeliest text is dull, though: it says what could be said of any film, and soon says it
+    again. People do not write what is likeliest, or they would not write (Holtzman et al. 2019,
+    arXiv 1904.09751, figure 2). For a translation, where one text is right, beam search is useful.
+
+    Args:
+        ids: the text so far, a list of at least one id. The model sees its last `block_size`.
+        max_new_tokens: how many to add at most; `<eos>` ends a text before.
+        beams: how many texts to follow, 1 or more.
+
+    Returns:
+        the new token ids, a list of ints, with `<eos>` where it ended, and the log-probability of
+        all of them together.
+
+    Raises:
+        UserError: `ids` is empty, or `beams` is below 1.
+    """
+    if not ids:
+        raise UserError("the prompt is empty: give at least one word to continue")
+    if beams < 1:
+        raise UserError(f"BEAMS = {beams}: must be 1 or more")
+    device = model.lm_head.weight.device
+    not_words = torch.tensor([Tokenizer.pad, Tokenizer.unk], device=device)
+    kept = [(0.0, [])]  # (log-probability, new ids), the best first
+    for _ in range(max_new_tokens):
+        growing = [(score, new) for score, new in kept if new[-1:] != [Tokenizer.eos]]
+        if kept[0] not in growing:
+            break  # the best has ended, and the others can only lose
+        idx = torch.tensor([(ids + new)[-model.block_size :] for _, new in growing], device=device)
+        with evaluation(model):
+            logits, _ = model(idx)  # (beams, T) -> (beams, T, V)
+        logits = logits[:, -1].index_fill(-1, not_words, -math.inf)
+        best = F.log_softmax(logits, dim=-1).topk(min(beams, logits.shape[-1] - 2))
+        kept = [text for text in kept if text not in growing]
+        for (score, new), values, tokens in zip(
+            growing, *map(torch.Tensor.tolist, best), strict=True
+        ):
+            kept += [
+                (score + value, [*new, token]) for value, token in zip(values, tokens, strict=True)
+            ]
+        kept = sorted(kept, key=lambda text: -text[0])[:beams]
+    return kept[0][1], kept[0][0]
+
+
+def attention_weights(model, ids):
+    """Return what each position attends to: a list with a tensor (H, T, T) for each layer.
+
+    Row t of a head says how its position t shares out its attention over positions 0 to t. `Head`
+    gives its values in these shares; so when the values are the rows of the identity matrix, it
+    gives the shares themselves. Nothing has to be changed in it.
+
+    Args:
+        ids: a list of 1 to `block_size` ids.
+    """
+    found = []
+
+    def look(head, inputs, output):
+        queries, keys, _ = inputs  # both (1, H, T, hs)
+        identity = torch.eye(queries.shape[-2], dtype=queries.dtype, device=queries.device)
+        found.append(head.forward(queries, keys, identity)[0].float().cpu())
+
+    device = model.lm_head.weight.device
+    hooks = [block.attention.head.register_forward_hook(look) for block in model.blocks]
+    try:
+        # bfloat16 would round the shares to three digits: they would not sum to 1.
+        with evaluation(model), torch.autocast(device.type, enabled=False):
+            model(torch.tensor([ids], device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Training
+# ---------------------------------------------------------------------------------------------
+
+
+def make_optimizer(model, learning_rate, betas, weight_decay):
+    """Return AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), decaying the matrices only.
+
+    A matrix can trade size for overfitting, so it is pulled towards zero. A bias or the scale of a
+    LayerNorm has no such freedom, and pulling it would only put it in the wrong place.
+    """
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    # fused: one pass over the memory for all that an update does
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+def learning_rate_at(step, max_iters, peak, warmup_iters, schedule):
+    """Return the learning rate of a step: up to the peak in a straight line, then down to zero.
+
+    The way down lets the weights settle: at a constant rate they would keep jumping around the
+    minimum. Step 0 already moves: a rate of zero would waste it.
+
+    Args:
+        schedule: "one-cycle", the above (Smith 2018, arXiv 1803.09820, with a shorter way up), or
+            "constant", which stays at the peak: one can stop at any time, or go on, but never
+            settles.
+
+    Raises:
+        UserError: there is no such schedule.
+    """
+    if schedule not in ("one-cycle", "constant"):
+        raise UserError(f'SCHEDULE = {schedule!r}: must be "one-cycle" or "constant"')
+    warmup = min(1.0, (step + 1) / warmup_iters)
+    return peak * warmup * (1 - step / max_iters if schedule == "one-cycle" else 1)
+
+
+class CtrlC:
+    """Inside `with CtrlC() as ctrl_c`, Ctrl-C sets `ctrl_c.pressed`, and cuts no step in half.
+
+    A second Ctrl-C interrupts at once, as usual.
+    """
+
+    pressed = False
+
+    def __enter__(self):
+        self.previous = signal.signal(signal.SIGINT, self.press)
+        return self
+
+    def press(self, signum, frame):
+        """Note the first Ctrl-C, and let the next one through."""
+        self.pressed = True
+        signal.signal(signal.SIGINT, self.previous)
+
+    def __exit__(self, *exception):
+        signal.signal(signal.SIGINT, self.previous)
+
+
+def train(
+    model,
+    optimizer,
+    train_tokens,
+    val_tokens,
+    on_evaluation,
+    *,
+    first_step,
+    max_iters,
+    batch_size,
+    schedule,
+    learning_rate,
+    warmup_iters,
+    gradient_clip,
+    eval_interval,
+    eval_iters,
+    seed,
+):
+    """Train, and evaluate before the first step, every `eval_interval` steps, and after the last.
+
+    Args:
+        train_tokens, val_tokens: (N,) ids, on the device of the model.
+        on_evaluation: called as on_evaluation(step, losses), losses = {"train", "val"}, each what
+            `estimate_loss` returns.
+        first_step: 0, or how many steps were done before a resumed run.
+        The others are the constants of the same names.
+
+    Returns:
+        {"steps": done in all, "seconds": taken in here, "tokens_per_second": evaluations left out}.
+
+    Raises:
+        UserError: the loss is not a number any more.
+    """
+    device = train_tokens.device
+    start = time.perf_counter()
+    training_seconds = 0.0
+    step = first_step
+    model.train()
+    with CtrlC() as ctrl_c:
+        while True:
+            if step % eval_interval == 0 or step >= max_iters or ctrl_c.pressed:
+                losses = {
+                    "train": estimate_loss(model, train_tokens, batch_size, eval_iters),
+                    "val": estimate_loss(model, val_tokens, batch_size, eval_iters),
+                }
+                check_finite(losses["train"]["loss"], step, learning_rate)
+                on_evaluation(step, losses)
+            if step >= max_iters or ctrl_c.pressed:
+                break
+
+            step_start = time.perf_counter()
+            # A seed for each step makes it depend on nothing but its number: neither on how often
+            # one evaluates, nor on whether the run was resumed. (A million, so that no two runs of
+            # different seeds share a step.)
+            torch.manual_seed(seed * 1_000_000 + step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(
+                    step, max_iters, learning_rate, warmup_iters, schedule
+                )
+            x, y = get_batch(train_tokens, batch_size, model.block_size)
+            with mixed_precision(device):
+                _, loss = model(x, y)
+            loss.backward()  # d loss / d weight, for every weight
+            nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
+            optimizer.step()  # every weight moves a little, so that the loss falls
+            optimizer.zero_grad()  # or the next gradients would be added to these
+            step += 1
+
+            if step % 10 == 0:  # not each time: a GPU has to finish its queue to show a loss
+                check_finite(loss.item(), step, learning_rate)
+            training_seconds += time.perf_counter() - step_start
+            if step % 10 == 0:
+                rate = (step - first_step) / training_seconds
+                show_progress(
+                    f"step {step:,}/{max_iters:,}  loss {loss.item():.3f}  "
+                    f"{rate * y.numel():,.0f} tokens/s  {(max_iters - step) / rate:,.0f} s left"
+                )
+    show_progress("")
+    tokens = (step - first_step) * batch_size * model.block_size
+    return {
+        "steps": step,
+        "seconds": time.perf_counter() - start,
+        "tokens_per_second": tokens / training_seconds if training_seconds else 0.0,
+    }
+
+
+def check_finite(loss, step, learning_rate):
+    """Raise UserError when the loss is NaN or infinite, before anything is kept of it."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss became {loss} at step {step}: lower LEARNING_RATE = {learning_rate}; "
+            "what was kept before is untouched"
+        )
+
+
+def show_progress(line):
+    """Rewrite the last line of a terminal; print nothing where the output is piped."""
+    if sys.stdout.isatty():
+        print(f"\r{line:<79}", end="\r" if not line else "", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Keeping results: checkpoints, plots, downloads
+# ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Give a temporary path to write to, and move it to `path` only once it is whole.
+
+    Raises:
+        UserError: it could not be written; the file that stood at `path` is as it was.
+    """
+    temporary = Path(f"{path}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: how torch.save reports a full disk
+        raise UserError(f"cannot write {path}, and left it as it was: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, model, tokenizer, **more):
+    """Write all that sampling needs (weights, sizes, vocabulary), and what else is given."""
+    state = {
+        "name": NAME,
+        "sizes": model.sizes,
+        "weights": model.state_dict(),
+        "vocabulary": tokenizer.vocabulary,
+        **more,
+    }
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def read_checkpoint(path, device):
+    """Return the dict that `save_checkpoint` wrote. A file from a stranger can run no code here.
+
+    Raises:
+        UserError: there is none, it is damaged, or another script wrote it.
+    """
+    if not Path(path).exists():
+        raise UserError(f"there is no {path} here: run `python {NAME}.py` first, which writes it")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        name = state["name"]
+    except Exception as error:  # torch.load raises what it likes
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({reason}): move it away"
+        ) from error
+    if name != NAME:
+        raise UserError(f"{path} was written by {name}.py, not by {NAME}.py: move it away")
+    return state
+
+
+def load_checkpoint(path, device):
+    """Return the (model, tokenizer) that `save_checkpoint` wrote, the model on `device`.
+
+    Raises:
+        UserError: there is no such file, or it is no checkpoint of this script.
+    """
+    state = read_checkpoint(path, device)
+    try:
+        sizes, weights = state["sizes"], state["weights"]
+        tokenizer = Tokenizer(state["vocabulary"])
+        if tokenizer.vocab_size != sizes["vocab_size"] or sizes["n_layers"] > len(weights):
+            raise ValueError("its sizes contradict its contents")
+        # On the meta device a model has no memory and no values yet: those of the file move in.
+        with torch.device("meta"):
+            model = LM(**sizes)
+        model.load_state_dict(weights, assign=True)
+        model.to(device, torch.float32)
+    except Exception as error:  # whatever may be wrong with a file from somewhere
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} does not fit this {NAME}.py ({reason}): move it away") from error
+    return model.eval(), tokenizer
+
+
+class Keeper:
+    """Shows and keeps what a training run reaches, at each evaluation.
+
+    NAME.pt holds the best weights by validation loss, NAME.resume.pt all that --resume needs, and
+    NAME.png the curves. All lie in the current folder.
+
+    Args:
+        sample: called without arguments, returns a short sample to show.
+    """
+
+    def __init__(self, model, optimizer, tokenizer, sample):
+        self.model, self.optimizer, self.tokenizer, self.sample = (
+            model,
+            optimizer,
+            tokenizer,
+            sample,
+        )
+        self.history = []  # an entry per evaluation: {"step", "train", "val"}, see `train`
+        self.start = time.perf_counter()
+
+    def resume(self, device):
+        """Bring back the state of NAME.resume.pt, and return how many steps had been done.
+
+        Raises:
+            UserError: it is missing, damaged, or of other sizes or another text than this run.
+        """
+        path = f"{NAME}.resume.pt"
+        state = read_checkpoint(path, device)
+        for what, kept, now in (
+            ("sizes", state.get("sizes"), self.model.sizes),
+            ("vocabulary", state.get("vocabulary"), self.tokenizer.vocabulary),
+        ):
+            if kept != now:
+                raise UserError(
+                    f"{path} has {what} {kept!s:.100}, this run has {now!s:.100}: make them the same"
+                )
+        try:
+            self.model.load_state_dict(state["weights"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.history = state["history"]
+            return self.history[-1]["step"]
+        except Exception as error:
+            raise UserError(f"{path} is damaged ({error!r}): move it away, train anew") from error
+
+    def __call__(self, step, losses):
+        """Print the losses and a sample; keep weights and curves."""
+        self.history = [entry for entry in self.history if entry["step"] < step]
+        self.history.append({"step": step, **losses})
+        seconds = time.perf_counter() - self.start
+        V = self.tokenizer.vocab_size
+        note = f"knowing nothing: ln {V} = {math.log(V):.4f}" if step == 0 else f"{seconds:.0f} s"
+        show_progress("")
+        train, val = losses["train"], losses["val"]
+        print(
+            f"step {step:>5}  train {train['loss']:.4f} {train['accuracy']:6.2%}  val "
+            f"{val['loss']:.4f} {val['accuracy']:6.2%}, without <unk> {val['known_loss']:.4f}  "
+            f"({note})"
+        )
+        print(f"            {self.sample()!r}", flush=True)
+        if step == 0:
+            return  # not worth keeping, least of all in place of an earlier run's results
+        best = min(entry["val"]["loss"] for entry in self.history[1:] or self.history)
+        if val["loss"] <= best or not Path(f"{NAME}.pt").exists():
+            save_checkpoint(f"{NAME}.pt", self.model, self.tokenizer, **self.history[-1])
+        save_checkpoint(
+            f"{NAME}.resume.pt",
+            self.model,
+            self.tokenizer,
+            optimizer=self.optimizer.state_dict(),
+            history=self.history,
+        )
+        draw_losses(f"{NAME}.png", self.history)
+
+
+def draw_losses(path, history):
+    """Draw loss and accuracy of a list of {"step": int, "train", "val"}, see `train`."""
+    from matplotlib.figure import Figure  # here, since sampling need not wait for it
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    steps = [entry["step"] for entry in history]
+    panels = (
+        ("loss", "loss (nats per token)"),
+        ("accuracy", "accuracy (share of tokens)"),
+    )
+    for axes, (what, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        axes.plot(steps, [entry["train"][what] for entry in history], label="training")
+        axes.plot(steps, [entry["val"][what] for entry in history], label="validation")
+        axes.set(xlabel="step", ylabel=label, title=NAME)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def draw_attention(path, words, layers):
+    """Draw which words each word looked at: a picture for each layer (down) and head (across).
+
+    Args:
+        words: T strings. layers: a list of (H, T, T), what `attention_weights` returns.
+    """
+    from matplotlib.figure import Figure
+
+    rows, columns = len(layers), len(layers[0])
+    side = 1.5 + 0.16 * len(words)  # inches: room for a word at each row
+    figure = Figure(figsize=(side * columns, side * rows), layout="constrained")
+    figure.suptitle("each row: the words that the model looked at when it had read this one")
+    for row, line in enumerate(figure.subplots(rows, columns, squeeze=False)):
+        for column, axes in enumerate(line):
+            axes.imshow(layers[row][column], cmap="Blues", vmin=0, vmax=1)
+            axes.set_title(f"layer {row + 1}, head {column + 1}")
+            axes.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
+            axes.set_yticks(range(len(words)), words, fontsize=7)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def download(url, path, sha256, tries=4, timeout=20.0):
+    """Fetch a file, whole and unchanged, or not at all.
+
+    Args:
+        sha256: what its content must hash to.
+        tries: attempts, with growing pauses between them.
+        timeout: seconds without a byte after which an attempt has failed.
+
+    Raises:
+        UserError: it could not be had; says where to put a copy by hand.
+    """
+    import requests  # here, since only the first run needs it
+
+    for attempt in range(tries):
+        time.sleep(2**attempt - 1)
+        try:
+            with (
+                replacing(path) as temporary,
+                open(temporary, "wb") as file,
+                requests.get(url, stream=True, timeout=timeout) as response,
+            ):
+                response.raise_for_status()
+                digest = hashlib.sha256()
+                for piece in response.iter_content(1 << 16):
+                    file.write(piece)
+                    digest.update(piece)
+                    show_progress(f"downloading {path}: {file.tell() / 1e6:.1f} MB")
+                if digest.hexdigest() != sha256:
+                    raise OSError(f"sha256 is {digest.hexdigest()}, not {sha256}")
+            show_progress("")
+            return
+        except UserError as error:
+            reason = error.__cause__
+        if getattr(reason, "response", None) is not None and reason.response.status_code < 500:
+            break  # the server has no such file, and will not have it in a second
+    raise UserError(f"cannot download {url} ({reason}): get it by hand, and put it at {path}")
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory for the next step. On other systems, do nothing.
+
+    By default it gives large tensors back to the kernel when they are freed, and each step begins
+    with page faults to get them again.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. main
+# ---------------------------------------------------------------------------------------------
+
+
+def parse_flags(argv):
+    """Return the flags of the command line (or of the list argv); the constants are defaults."""
+    description = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=f"{NAME}.py", description=description)
+    parser.add_argument("--prompt", metavar="TEXT", default=PROMPT, help="text to continue")
+    parser.add_argument(
+        "--sample",
+        action="store_true",
+        help=f"no training: continue the prompt with {NAME}.pt",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help=f"go on with the training kept in {NAME}.resume.pt",
+    )
+    parser.add_argument(
+        "--max-iters",
+        metavar="N",
+        type=int,
+        default=MAX_ITERS,
+        help="steps to train in all",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        default=DATA,
+        help="archive of reviews, or UTF-8 text, to train on",
+    )
+    parser.add_argument("--device", metavar="NAME", default=DEVICE, help="cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--beams",
+        metavar="N",
+        type=int,
+        default=BEAMS,
+        help="also search, following N texts",
+    )
+    flags = parser.parse_args(argv)
+    if flags.beams < 0:
+        parser.error(f"--beams {flags.beams}: must be 0 or more")
+    if flags.max_iters < 1:
+        parser.error(f"--max-iters {flags.max_iters}: must be 1 or more")
+    return flags
+
+
+def pick_device(name):
+    """Return the torch.device of that name. Raises UserError where it cannot be used."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used here: try --device {DEVICE}") from error
+
+
+def count_parameters(model):
+    """Return how many numbers the model learns."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def print_setup(model, train_tokens, val_tokens, batch_size, max_iters):
+    """Say what the run works with, and why."""
+    device = train_tokens.device
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    native = "bfloat16 where it helps" if has_bfloat16(device) else "float32: no native bfloat16"
+    tokens = batch_size * model.block_size
+    print(f"device     {device}{threads}, {native} (found: {DEVICE}; --device chooses another)")
+    print(f"model      {count_parameters(model):,} parameters: {model.sizes}")
+    print(f"text       {len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate")
+    print(
+        f"training   {max_iters:,} steps of {batch_size} x {model.block_size} = {tokens:,} tokens: "
+        f"{max_iters * tokens / len(train_tokens):.1f} times the training text"
+    )
+
+
+def print_vocabulary(tokenizer, corpus):
+    """Say how many words the model knows, and what share of each part it does not know."""
+    unknown = {
+        part: (corpus[part]["tokens"] == Tokenizer.unk).float().mean().item()
+        for part in ("train", "val")
+    }
+    print(
+        f"words      {tokenizer.vocab_size:,} in the vocabulary; unknown: {unknown['train']:.2%} of "
+        f"the training text, {unknown['val']:.2%} of the validation text"
+    )
+
+
+def print_metrics(part, metrics, tokens_per_character):
+    """Say how good the model is on a whole split, and return its bits per character.
+
+    Bits per character compare models whose tokens differ in length, here with a grain of salt: the
+    text is the clean one, and an unknown word costs what `<unk>` costs, however long it is.
+    """
+    bits = metrics["loss"] / math.log(2) * tokens_per_character
+    print(
+        f"best model on all of {part}: loss {metrics['loss']:.4f} nats per token, "
+        f"{metrics['known_loss']:.4f} without <unk>; accuracy {metrics['accuracy']:.2%}, "
+        f"perplexity {math.exp(metrics['loss']):.1f}, {bits:.4f} bits per character"
+    )
+    return bits
+
+
+def main(argv=None):
+    """Train and sample as the flags say (a list of strings; None: those of the command line).
+
+    Returns:
+        {"val_loss": nats per token over the whole validation split, "bits_per_character",
+        "parameters", "steps", "seconds" of training, "tokens_per_second", "text": the sample}, and
+        "val" and "test": what `estimate_loss` returns, over the whole splits.
+        After --sample, what only training knows is None.
+
+    Raises:
+        UserError: some input is bad; says which, and the way out.
+    """
+    flags = parse_flags(argv)
+    device = pick_device(flags.device)
+    keep_freed_memory()
+    sampling = {"temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P}
+    results = dict.fromkeys(("val_loss", "bits_per_character", "seconds", "tokens_per_second"))
+    results["steps"] = 0
+
+    if not flags.sample:
+        corpus = load_corpus(
+            flags.data,
+            DATA_URL if flags.data == DATA else None,
+            DATA_SHA256,
+            cleaning=CLEANING,
+            min_freq=MIN_FREQ,
+            train_share=TRAIN_SHARE,
+            val_share=VAL_SHARE,
+            seed=SEED,
+        )
+        tokenizer = Tokenizer(corpus["vocabulary"])
+        print_vocabulary(tokenizer, corpus)
+        prompt_ids = tokenizer.encode(flags.prompt)
+        train_tokens, val_tokens, test_tokens = (
+            corpus[part]["tokens"].to(device) for part in ("train", "val", "test")
+        )
+
+        torch.manual_seed(SEED)
+        model = LM(tokenizer.vocab_size, BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT).to(device)
+        optimizer = make_optimizer(model, LEARNING_RATE, BETAS, WEIGHT_DECAY)
+        print_setup(model, train_tokens, val_tokens, BATCH_SIZE, flags.max_iters)
+        keeper = Keeper(
+            model,
+            optimizer,
+            tokenizer,
+            lambda: tokenizer.decode(generate(model, prompt_ids, 20, **sampling)),
+        )
+        results |= train(
+            model,
+            optimizer,
+            train_tokens,
+            val_tokens,
+            keeper,
+            first_step=keeper.resume(device) if flags.resume else 0,
+            max_iters=flags.max_iters,
+            batch_size=BATCH_SIZE,
+            schedule=SCHEDULE,
+            learning_rate=LEARNING_RATE,
+            warmup_iters=WARMUP_ITERS,
+            gradient_clip=GRADIENT_CLIP,
+            eval_interval=EVAL_INTERVAL,
+            eval_iters=EVAL_ITERS,
+            seed=SEED,
+        )
+
+    model, tokenizer = load_checkpoint(f"{NAME}.pt", device)  # the best weights
+    if not flags.sample:
+        for part, tokens in (("test", test_tokens), ("val", val_tokens)):
+            results[part] = estimate_loss(model, tokens, BATCH_SIZE)
+            tokens_per_character = len(tokens) / corpus[part]["characters"]
+            bits = print_metrics(part, results[part], tokens_per_character)
+        results["val_loss"], results["bits_per_character"] = (
+            results["val"]["loss"],
+            bits,
+        )
+    results["parameters"] = count_parameters(model)
+    torch.manual_seed(SEED)
+    results["text"] = stream(model, tokenizer, flags.prompt, SAMPLE_TOKENS, **sampling)
+    if flags.beams:
+        ids = tokenizer.encode(flags.prompt)
+        found, score = beam_search(model, ids, SAMPLE_TOKENS, flags.beams)
+        print(f"likeliest of {flags.beams} beams (log-probability {score:.1f}):")
+        print(tokenizer.decode(ids + found))
+    words = results["text"].split()[:PICTURE_TOKENS]
+    weights = attention_weights(model, [tokenizer.id_of[word] for word in words])
+    draw_attention(f"{NAME}_attention.png", words, weights)
+    return results
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a character that this terminal lacks prints as "?"
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{NAME}.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{NAME}.py: interrupted")
+    except RuntimeError as error:  # what torch.OutOfMemoryError and its relatives come from
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        sys.exit(f"{NAME}.py: out of memory: halve BATCH_SIZE, or BLOCK_SIZE, or N_EMBED")
