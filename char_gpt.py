@@ -24,7 +24,7 @@ from torch import nn
 
 NAME = "char_gpt"  # the files that a run writes are NAME.pt, NAME.resume.pt and NAME.png
 ON_GPU = torch.cuda.is_available()  # where two values stand on a line, the first is for a GPU
-DEVICE = "cuda" if ON_GPU else "mps" if torch.backends.mps.is_available() else "cpu"
+DEVICE = "cuda" if ON_GPU else "mps" if torch.backends.mps.is_available() else "cpu"  # fastest first
 SEED = 1337  # same seed, machine and versions: same weights; another seed: another model and sample
 
 # Data
@@ -79,21 +79,22 @@ def load_text(path, url, sha256):
     """Return the text of a UTF-8 file; fetch it first when it is nowhere to be found.
 
     Args:
-        path: file name. One without folders is looked for beside this script, then in the current
-            folder.
-        url, sha256: where the file can be downloaded and what it must hash to; None: nowhere.
+        path: the file.
+        url, sha256: where to get it, and what its content must hash to. A file with a url is looked
+            for beside this script as well. None: it has to be there.
 
     Raises:
         UserError: the file is missing, unreadable, or not UTF-8.
     """
     path = Path(path)
-    beside_script = Path(__file__).with_name(path.name)
-    if path.parent == Path() and beside_script.exists():
-        path = beside_script
+    if url is not None:
+        beside_script = Path(__file__).parent / path
+        if beside_script.exists():
+            path = beside_script
+        elif not path.exists():
+            download(url, path, sha256)
     if not path.exists():
-        if url is None:
-            raise UserError(f"there is no file {path}: name one that exists with --data")
-        download(url, path, sha256)
+        raise UserError(f"there is no file {path}: name one that exists with --data")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -889,7 +890,7 @@ def pick_device(name):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used here: try --device {DEVICE}") from error
+        raise UserError(f"--device {name} cannot be used here: try --device cpu") from error
 
 
 def count_parameters(model):
@@ -897,13 +898,13 @@ def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def print_setup(model, train_tokens, val_tokens, batch_size, max_iters):
-    """Say what the run works with, and why."""
+def print_setup(model, train_tokens, val_tokens, batch_size, max_iters, why):
+    """Say what the run works with; `why` says why on this device."""
     device = train_tokens.device
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    native = "bfloat16 where it helps" if has_bfloat16(device) else "float32: no native bfloat16"
+    native = "bfloat16 autocast" if has_bfloat16(device) else "float32 (it has no bfloat16)"
     tokens = batch_size * model.block_size
-    print(f"device     {device}{threads}, {native} (found: {DEVICE}; --device chooses another)")
+    print(f"device     {device}{threads}, {native}; {why}")
     print(f"model      {count_parameters(model):,} parameters: {model.sizes}")
     print(f"text       {len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate")
     print(
@@ -940,7 +941,8 @@ def main(argv=None):
         torch.manual_seed(SEED)
         model = LM(tokenizer.vocab_size, BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT).to(device)
         optimizer = make_optimizer(model, LEARNING_RATE, BETAS, WEIGHT_DECAY)
-        print_setup(model, train_tokens, val_tokens, BATCH_SIZE, flags.max_iters)
+        why = "the fastest device found" if flags.device == DEVICE else "as --device says"
+        print_setup(model, train_tokens, val_tokens, BATCH_SIZE, flags.max_iters, why)
         keeper = Keeper(
             model,
             optimizer,

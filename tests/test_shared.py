@@ -1,0 +1,176 @@
+"""The three scripts stay one: the same skeleton, the same words wherever nothing differs."""
+
+import ast
+import re
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = ["char_gpt", "word_gpt", "gpt2"]
+PAIRS = [("char_gpt", "word_gpt"), ("char_gpt", "gpt2"), ("word_gpt", "gpt2")]
+
+# What differs on purpose: {(first script, second script): {definition: the reason}}. A definition
+# that is not named here is the same in both, to the letter, comments included.
+INTENDED = {
+    ("char_gpt", "word_gpt"): {},
+    ("char_gpt", "gpt2"): {},
+    ("word_gpt", "gpt2"): {},
+}
+
+CONSTANTS = [
+    "NAME", "ON_GPU", "DEVICE", "SEED", "DATA", "BLOCK_SIZE", "N_EMBED", "N_LAYERS", "N_HEADS",
+    "DROPOUT", "BATCH_SIZE", "MAX_ITERS", "LEARNING_RATE", "WARMUP_ITERS", "BETAS", "WEIGHT_DECAY",
+    "GRADIENT_CLIP", "EVAL_INTERVAL", "EVAL_ITERS", "PROMPT", "SAMPLE_TOKENS", "TEMPERATURE",
+    "TOP_K", "TOP_P",
+]  # fmt: skip
+BANNERS = [
+    "1. Hyperparameters",
+    "2. Data and tokenizer",
+    "3. Model",
+    "4. Batches and loss",
+    "5. Generation",
+    "6. Training",
+    "7. Keeping results",
+    "8. main",
+]
+PUBLIC = [
+    "Tokenizer", "Head", "MultiHead", "FeedForward", "Block", "LM", "get_batch", "estimate_loss",
+    "generate", "train", "save_checkpoint", "load_checkpoint", "main",
+]  # fmt: skip
+DIMENSIONS = ["B", "T", "C", "H", "hs", "V"]
+
+
+def source_of(script):
+    """Return the text of a script."""
+    return (ROOT / f"{script}.py").read_text(encoding="utf-8")
+
+
+def definitions(script):
+    """Return {name: source} of every function and class of a script; methods as Class.method.
+
+    The source of a class is what it has outside its methods: its docstring and attributes. Comments
+    belong to what they stand in.
+    """
+    source = source_of(script)
+    lines = source.splitlines()
+
+    def text(node):
+        start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+        return "\n".join(lines[start - 1 : node.end_lineno])
+
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = text(node)
+        elif isinstance(node, ast.ClassDef):
+            whole = text(node)
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef):
+                    found[f"{node.name}.{method.name}"] = text(method)
+                    whole = whole.replace(text(method), "")
+            found[node.name] = whole
+    return found
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_shared_definitions_are_the_same_to_the_letter(pair):
+    first, second = map(definitions, pair)
+    shared = first.keys() & second.keys()
+    differing = {name for name in shared if first[name] != second[name]}
+    intended = INTENDED[pair]
+    assert differing - intended.keys() == set(), "copies that drifted apart"
+    assert intended.keys() - differing == set(), "listed as different, but they are the same"
+    assert all(len(reason) > 10 for reason in intended.values())
+    assert len(shared - differing) >= 10, "hardly anything is shared"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_skeleton(script):
+    source = source_of(script)
+    banners = re.findall(r"^# -{20,}\n# (\d\. .*)\n# -{20,}$", source, flags=re.M)
+    assert len(banners) == len(BANNERS)
+    for banner, expected in zip(banners, BANNERS, strict=True):
+        assert banner.startswith(expected)
+    names = [
+        node.name
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
+    assert [name for name in names if name in PUBLIC] == PUBLIC
+    assert len(names) == len(set(names))
+    constants = [
+        node.targets[0].id
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    ]
+    assert [name for name in constants if name in CONSTANTS] == CONSTANTS
+    for number, line in enumerate(source.splitlines(), 1):
+        assert len(line) <= 100, (number, line)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_constant_says_what_it_is(script):
+    for line in source_of(script).partition("# 2. Data")[0].splitlines():
+        if re.match(r"[A-Z][A-Z_0-9]* = ", line) and not line.startswith(("DATA_", "HUB_")):
+            assert "  # " in line, line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_definition_has_a_docstring_and_only_main_reads_constants(script):
+    tree = ast.parse(source_of(script))
+    constants = {
+        node.targets[0].id
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    } - {"NAME"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            special = node.name.startswith("__") or node.name in ("keep", "forward")
+            assert ast.get_docstring(node) or special, node.name
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        if node.name in ("main", "parse_flags"):
+            continue
+        read = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & constants
+        assert not read, f"{script}.{node.name} reads {read}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_header_keeps_its_promises(script):
+    header = ast.get_docstring(ast.parse(source_of(script)))
+    for letter in DIMENSIONS:
+        assert re.search(rf"^ *{letter}\s+\S", header, flags=re.M), f"no {letter} in the key"
+    assert f"python {script}.py" in header
+    assert "torch 2.13.0" in header
+    assert "arXiv" in header or "arxiv" in header
+    ending = source_of(script)[-3500:]
+    assert "Try this" in ending
+
+
+def test_only_what_belongs_there_lies_at_the_top():
+    import subprocess
+
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    top = {line.partition("/")[0] for line in listed.stdout.splitlines()}
+    allowed = {"README.md", "requirements.txt", "input.txt", "LICENSE", "tests"}
+    allowed |= {f"{script}.py" for script in SCRIPTS}
+    assert {name for name in top if not name.startswith(".")} == allowed
+
+
+def test_the_project_speaks_of_itself_alone():
+    import subprocess
+
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    for name in names:
+        if name == "input.txt" or name == "tests/test_shared.py":
+            continue
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for word in ("/work/", "/tmp/venv", "helper session", "farm-bench", "pypi.org", "TODO"):
+            assert word not in text, (name, word)
