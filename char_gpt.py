@@ -24,7 +24,7 @@ from torch import nn
 
 NAME = "char_gpt"  # the files that a run writes are NAME.pt, NAME.resume.pt and NAME.png
 ON_GPU = torch.cuda.is_available()  # where two values stand on a line, the first is for a GPU
-DEVICE = "cuda" if ON_GPU else "mps" if torch.backends.mps.is_available() else "cpu"  # fastest first
+DEVICE = "cuda" if ON_GPU else "mps" if torch.mps.is_available() else "cpu"  # fastest first
 SEED = 1337  # same seed, machine and versions: same weights; another seed: another model and sample
 
 # Data
