@@ -47,10 +47,7 @@ BATCH_SIZE = 64 if ON_GPU else 16  # windows per step: more is a smoother, costl
 MAX_ITERS = 5000 if ON_GPU else 2000  # steps: more learns more, until it learns the text by heart
 LEARNING_RATE = 1e-3 if ON_GPU else 6e-3  # the peak; too high diverges, too low learns slowly
 WARMUP_ITERS = 100  # steps to reach the peak: Adam's first averages are too noisy for full steps
-BETAS = (
-    0.9,
-    0.99,
-)  # memory of AdamW's averages of gradients and of their squares (about 10 and 100 steps)
+BETAS = (0.9, 0.99)  # memory of AdamW's averages of gradients and of their squares (10, 100 steps)
 WEIGHT_DECAY = 0.1  # pull of the matrices towards zero: more generalises better, fits worse
 GRADIENT_CLIP = 1.0  # the longest gradient let through: one bad batch cannot throw the model far
 
