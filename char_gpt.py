@@ -106,7 +106,7 @@ class Tokenizer:
     """Turns text into numbers and back: each character is its place in a sorted list.
 
     >>> tokenizer = Tokenizer("hello")
-    >>> tokenizer.characters, tokenizer.vocab_size
+    >>> tokenizer.vocabulary, tokenizer.vocab_size
     ('ehlo', 4)
     >>> tokenizer.encode("hole")
     [1, 3, 2, 0]
@@ -115,13 +115,13 @@ class Tokenizer:
     """
 
     def __init__(self, text):
-        self.characters = "".join(sorted(set(text)))
-        self.vocab_size = len(self.characters)
-        self.id_of = {character: i for i, character in enumerate(self.characters)}
+        self.vocabulary = "".join(sorted(set(text)))
+        self.vocab_size = len(self.vocabulary)
+        self.id_of = {character: i for i, character in enumerate(self.vocabulary)}
 
     def encode(self, text):
         """Return the ids of `text`, a list of ints. Raises UserError naming unknown characters."""
-        unknown = sorted(set(text) - set(self.characters))
+        unknown = sorted(set(text) - set(self.vocabulary))
         if unknown:
             names = ", ".join(map(repr, unknown))
             raise UserError(f"text has characters that the training text never shows: {names}")
@@ -129,7 +129,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """Return the text of a list of ids; the inverse of `encode`."""
-        return "".join(self.characters[i] for i in ids)
+        return "".join(self.vocabulary[i] for i in ids)
 
 
 def split_text(text, tokenizer, train_share, block_size):
@@ -442,17 +442,16 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     # The largest logit becomes 0 first, so that no temperature, however small, makes an infinity.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    probabilities, order = F.softmax(logits, dim=-1).sort(descending=True)
-    if top_k is not None:
-        probabilities[:, top_k:] = 0
-        probabilities /= probabilities.sum(-1, keepdim=True)
+    if top_k is None and top_p is None:
+        return F.softmax(logits, dim=-1)
+    V = logits.shape[-1]
+    likeliest, order = logits.topk(min(top_k or V, V))  # in falling order
+    probabilities = F.softmax(likeliest, dim=-1)
     if top_p is not None and top_p < 1:
-        likelier = (
-            probabilities.cumsum(-1) - probabilities
-        )  # what all likelier tokens have together
+        likelier = probabilities.cumsum(-1) - probabilities  # what all likelier tokens have together
         probabilities[likelier >= top_p] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
-    return torch.zeros_like(probabilities).scatter(-1, order, probabilities)
+    return torch.zeros_like(logits).scatter(-1, order, probabilities)
 
 
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
@@ -672,7 +671,7 @@ def save_checkpoint(path, model, tokenizer, **more):
         "name": NAME,
         "sizes": model.sizes,
         "weights": model.state_dict(),
-        "vocabulary": tokenizer.characters,
+        "vocabulary": tokenizer.vocabulary,
         **more,
     }
     with replacing(path) as temporary:
@@ -753,10 +752,12 @@ class Keeper:
         state = read_checkpoint(path, device)
         for what, kept, now in (
             ("sizes", state.get("sizes"), self.model.sizes),
-            ("vocabulary", state.get("vocabulary"), self.tokenizer.characters),
+            ("vocabulary", state.get("vocabulary"), self.tokenizer.vocabulary),
         ):
             if kept != now:
-                raise UserError(f"{path} has {what} {kept}, this run has {now}: make them the same")
+                raise UserError(
+                    f"{path} has {what} {kept!s:.99}, this run has {now!s:.99}: make them the same"
+                )
         try:
             self.model.load_state_dict(state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])

@@ -91,21 +91,22 @@ def load_text(path, url, sha256):
     """Return the text of a UTF-8 file; fetch it first when it is nowhere to be found.
 
     Args:
-        path: file name. One without folders is looked for beside this script, then in the current
-            folder.
-        url, sha256: where the file can be downloaded and what it must hash to; None: nowhere.
+        path: the file.
+        url, sha256: where to get it, and what its content must hash to. A file with a url is looked
+            for beside this script as well. None: it has to be there.
 
     Raises:
         UserError: the file is missing, unreadable, or not UTF-8.
     """
     path = Path(path)
-    beside_script = Path(__file__).with_name(path.name)
-    if path.parent == Path() and beside_script.exists():
-        path = beside_script
+    if url is not None:
+        beside_script = Path(__file__).parent / path
+        if beside_script.exists():
+            path = beside_script
+        elif not path.exists():
+            download(url, path, sha256)
     if not path.exists():
-        if url is None:
-            raise UserError(f"there is no file {path}: name one that exists with --data")
-        download(url, path, sha256)
+        raise UserError(f"there is no file {path}: name one that exists with --data")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -138,13 +139,7 @@ def read_archive(path):
                     )
                 if re.fullmatch(r"aclImdb/(train|test)/(pos|neg)/\d+_\d+\.txt", member.name):
                     texts[member.name] = archive.extractfile(member).read().decode("utf-8")
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-        tarfile.TarError,
-        UnicodeDecodeError,
-    ) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, and get it again") from error
     for part in ("train", "test"):
         found = sum(name.startswith(f"aclImdb/{part}/") for name in texts)
@@ -252,10 +247,7 @@ def build_vocabulary(texts, cleaning, min_freq):
     for text in texts:
         counts.update(text.split())
     words = [word for word, count in counts.items() if count >= min_freq]
-    return {
-        "cleaning": cleaning,
-        "words": sorted(words, key=lambda word: (-counts[word], word)),
-    }
+    return {"cleaning": cleaning, "words": sorted(words, key=lambda word: (-counts[word], word))}
 
 
 def make_corpus(reviews, cleaning, min_freq, train_share, val_share, seed):
@@ -280,17 +272,9 @@ def make_corpus(reviews, cleaning, min_freq, train_share, val_share, seed):
     texts = [text for text in (clean(review, cleaning) for review in reviews) if text]
     generator = torch.Generator().manual_seed(seed)
     texts = [texts[i] for i in torch.randperm(len(texts), generator=generator).tolist()]
-    cuts = [
-        0,
-        int(train_share * len(texts)),
-        int((train_share + val_share) * len(texts)),
-    ]
+    cuts = [0, int(train_share * len(texts)), int((train_share + val_share) * len(texts))]
     parts = dict(
-        zip(
-            ("train", "val", "test"),
-            zip(cuts, [*cuts[1:], None], strict=True),
-            strict=True,
-        )
+        zip(("train", "val", "test"), zip(cuts, [*cuts[1:], None], strict=True), strict=True)
     )
     corpus = {}
     for part, (begin, end) in parts.items():
@@ -326,21 +310,24 @@ def load_corpus(path, url, sha256, **settings):
     the source of the functions above. Change one, and another cache is made.
 
     Args:
-        path: an archive of reviews or a UTF-8 text. A relative one is looked for beside this script
-            first, then in the current folder.
-        url, sha256: where the file can be downloaded and what it must hash to; None: nowhere.
+        path: an archive of reviews or a UTF-8 text.
+        url, sha256: where to get it, and what its content must hash to. A file with a url is looked
+            for beside this script as well. None: it has to be there.
         settings: the further arguments of `make_corpus`.
 
     Raises:
         UserError: the file is missing and cannot be downloaded, or is bad; see above.
     """
-    beside_script = Path(__file__).parent / path
-    path = beside_script if beside_script.exists() else Path(path)
+    path = Path(path)
+    if url is not None:
+        beside_script = Path(__file__).parent / path
+        if beside_script.exists():
+            path = beside_script
+        elif not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            download(url, path, sha256)
     if not path.exists():
-        if url is None:
-            raise UserError(f"there is no file {path}: name one that exists with --data")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        download(url, path, sha256)
+        raise UserError(f"there is no file {path}: name one that exists with --data")
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
     for function in (read_archive, load_reviews, clean, build_vocabulary, make_corpus):
         digest.update(inspect.getsource(function).encode())
@@ -642,23 +629,22 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     starts = torch.cat([torch.arange(*part, T) for part in zip(begins, ends, strict=True)])
     if eval_iters is not None and len(starts) > eval_iters * batch_size:
         starts = starts[torch.linspace(0, len(starts) - 1, eval_iters * batch_size).long()]
-    total = known_total = correct = n_known = n_targets = 0
+    total = unknown_total = n_targets = n_unknown = n_correct = 0
     with evaluation(model):
         for some in starts.split(batch_size):
             x, y = cut_windows(tokens, some, T)
-            logits, _ = model(x, y)
+            logits, loss = model(x, y)
             y = y[y != Tokenizer.pad]  # (B, T) -> (N,), the order of the logits (N, V)
-            losses = F.cross_entropy(logits, y, reduction="none")
-            known = y != Tokenizer.unk
-            total += losses.sum().item()
-            known_total += losses[known].sum().item()
-            correct += (logits.argmax(-1) == y).sum().item()
-            n_known += known.sum().item()
+            unknown = y == Tokenizer.unk
+            total += loss.item() * len(y)
+            unknown_total += F.cross_entropy(logits[unknown], y[unknown], reduction="sum").item()
             n_targets += len(y)
+            n_unknown += unknown.sum().item()
+            n_correct += (logits.argmax(-1) == y).sum().item()
     return {
         "loss": total / n_targets,
-        "accuracy": correct / n_targets,
-        "known_loss": known_total / max(1, n_known),
+        "accuracy": n_correct / n_targets,
+        "known_loss": (total - unknown_total) / max(1, n_targets - n_unknown),
     }
 
 
@@ -754,8 +740,8 @@ def beam_search(model, ids, max_new_tokens, beams):
     """Look for the likeliest continuation, following several texts at once.
 
     Drawing word by word takes a likely word at each step; the likeliest text as a whole may begin
-    with a less likely word. So the best `beams` beginnings are all carried on. With one beam that is
-    greedy; with more beams than there are texts it finds the best of all.
+    with a less likely word. So the best `beams` beginnings are all carried on. With one beam this
+    is greedy; with more beams than there are texts it finds the best of all.
 
     The likeliest text is dull, though: it says what could be said of any film, and soon says it
     again. People do not write what is likeliest, or they would not write (Holtzman et al. 2019,
@@ -1008,10 +994,7 @@ def replacing(path):
     try:
         yield temporary
         os.replace(temporary, path)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # RuntimeError: how torch.save reports a full disk
+    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
         raise UserError(f"cannot write {path}, and left it as it was: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -1108,7 +1091,7 @@ class Keeper:
         ):
             if kept != now:
                 raise UserError(
-                    f"{path} has {what} {kept!s:.100}, this run has {now!s:.100}: make them the same"
+                    f"{path} has {what} {kept!s:.99}, this run has {now!s:.99}: make them the same"
                 )
         try:
             self.model.load_state_dict(state["weights"])
@@ -1154,10 +1137,7 @@ def draw_losses(path, history):
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     steps = [entry["step"] for entry in history]
-    panels = (
-        ("loss", "loss (nats per token)"),
-        ("accuracy", "accuracy (share of tokens)"),
-    )
+    panels = (("loss", "loss (nats per token)"), ("accuracy", "accuracy (share of tokens)"))
     for axes, (what, label) in zip(figure.subplots(1, 2), panels, strict=True):
         axes.plot(steps, [entry["train"][what] for entry in history], label="training")
         axes.plot(steps, [entry["val"][what] for entry in history], label="validation")
@@ -1250,21 +1230,13 @@ def parse_flags(argv):
     parser = argparse.ArgumentParser(prog=f"{NAME}.py", description=description)
     parser.add_argument("--prompt", metavar="TEXT", default=PROMPT, help="text to continue")
     parser.add_argument(
-        "--sample",
-        action="store_true",
-        help=f"no training: continue the prompt with {NAME}.pt",
+        "--sample", action="store_true", help=f"no training: continue the prompt with {NAME}.pt"
     )
     parser.add_argument(
-        "--resume",
-        action="store_true",
-        help=f"go on with the training kept in {NAME}.resume.pt",
+        "--resume", action="store_true", help=f"go on with the training kept in {NAME}.resume.pt"
     )
     parser.add_argument(
-        "--max-iters",
-        metavar="N",
-        type=int,
-        default=MAX_ITERS,
-        help="steps to train in all",
+        "--max-iters", metavar="N", type=int, default=MAX_ITERS, help="steps to train in all"
     )
     parser.add_argument(
         "--data",
@@ -1274,11 +1246,7 @@ def parse_flags(argv):
     )
     parser.add_argument("--device", metavar="NAME", default=DEVICE, help="cpu, cuda, cuda:1, mps")
     parser.add_argument(
-        "--beams",
-        metavar="N",
-        type=int,
-        default=BEAMS,
-        help="also search, following N texts",
+        "--beams", metavar="N", type=int, default=BEAMS, help="also search, following N texts"
     )
     flags = parser.parse_args(argv)
     if flags.beams < 0:
@@ -1323,8 +1291,8 @@ def print_vocabulary(tokenizer, corpus):
         for part in ("train", "val")
     }
     print(
-        f"words      {tokenizer.vocab_size:,} in the vocabulary; unknown: {unknown['train']:.2%} of "
-        f"the training text, {unknown['val']:.2%} of the validation text"
+        f"words      {tokenizer.vocab_size:,} in the vocabulary; unknown: {unknown['train']:.2%} "
+        f"of the training text, {unknown['val']:.2%} of the validation text"
     )
 
 
@@ -1414,10 +1382,7 @@ def main(argv=None):
             results[part] = estimate_loss(model, tokens, BATCH_SIZE)
             tokens_per_character = len(tokens) / corpus[part]["characters"]
             bits = print_metrics(part, results[part], tokens_per_character)
-        results["val_loss"], results["bits_per_character"] = (
-            results["val"]["loss"],
-            bits,
-        )
+        results["val_loss"], results["bits_per_character"] = results["val"]["loss"], bits
     results["parameters"] = count_parameters(model)
     torch.manual_seed(SEED)
     results["text"] = stream(model, tokenizer, flags.prompt, SAMPLE_TOKENS, **sampling)

@@ -533,7 +533,7 @@ def test_checkpoint_round_trip(gpt, model, kept):
     loaded, tokenizer = gpt.load_checkpoint(kept, CPU)
     assert_same(loaded.state_dict(), model.state_dict())
     assert all(parameter.requires_grad for parameter in loaded.parameters())
-    assert (loaded.sizes, tokenizer.characters) == (model.sizes, "abcdefghijk")
+    assert (loaded.sizes, tokenizer.vocabulary) == (model.sizes, "abcdefghijk")
     assert not loaded.training
     idx = torch.randint(11, (1, 8))
     assert torch.equal(loaded(idx)[0], model(idx)[0])
