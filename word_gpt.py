@@ -513,8 +513,7 @@ class LM(nn.Module):
 
         Returns:
             logits (B, T, V), float32, and the loss: the mean of -ln(probability given to the
-            target), in nats per token; None without targets. With targets, the logits are those of
-            the N positions that have one alone: (N, V).
+            target), in nats per token; None without targets.
         """
         T = idx.shape[1]
         # Attention sees a set, not a sequence: where a token stands has to be told. Both are looked
@@ -522,19 +521,29 @@ class LM(nn.Module):
         positions = torch.arange(T, device=idx.device)
         x = self.token_embedding(idx) + self.position_embedding(positions)
         x = self.blocks(self.dropout(x))
-        x = self.final_norm(x)
         # (B, T, C) @ (C, V) -> (B, T, V); float32, since 8 bits are too few for exponentials
+        logits = self.lm_head(self.final_norm(x)).float()
         if targets is None:
-            return self.lm_head(x).float(), None
-        # With a large V, this layer is nearly all of the work: it is not done for padding.
-        real = targets != Tokenizer.pad
-        logits = self.lm_head(x[real]).float()  # (B, T, C) -> (N, C) @ (C, V) -> (N, V)
-        return logits, F.cross_entropy(logits, targets[real])
+            return logits, None
+        return logits, F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=Tokenizer.pad
+        )
 
 
 # ---------------------------------------------------------------------------------------------
 # 4. Batches and loss
 # ---------------------------------------------------------------------------------------------
+
+
+def window_of(tokens, starts, block_size):
+    """Return the block_size + 1 ids from each of the starts (B,) on: (B, T + 1), int64.
+
+    Outside of `tokens`, there is `<eos>`: before the first review as before any other.
+    """
+    offsets = torch.arange(block_size + 1, device=tokens.device)
+    places = starts[:, None] + offsets  # (B, 1) + (T + 1) -> (B, T + 1)
+    outside = (places < 0) | (places >= len(tokens))
+    return tokens[places.clamp(0, len(tokens) - 1)].long().masked_fill(outside, Tokenizer.eos)
 
 
 def cut_windows(tokens, starts, block_size):
@@ -553,11 +562,7 @@ def cut_windows(tokens, starts, block_size):
     Returns:
         x and y, both (B, T) with T = block_size, int64, on the device of `tokens`.
     """
-    offsets = torch.arange(block_size + 1)
-    places = (starts[:, None] + offsets).clamp(
-        max=len(tokens) - 1
-    )  # (B, 1) + (T + 1) -> (B, T + 1)
-    windows = tokens[places.to(tokens.device)].long()
+    windows = window_of(tokens, starts, block_size)
     is_end = windows == Tokenizer.eos
     windows[is_end.cumsum(1) - is_end.long() > 0] = Tokenizer.pad  # an <eos> came before
     return windows[:, :-1], windows[:, 1:]
@@ -566,15 +571,22 @@ def cut_windows(tokens, starts, block_size):
 def get_batch(tokens, batch_size, block_size):
     """Cut windows at random places, each of a single review; see `cut_windows`.
 
+    A window that would run over the end of its review is moved back, so that it ends there. Only
+    reviews that are shorter than a window are left with padding.
+
     Args:
         tokens: (N,) ids, `<eos>` behind each review.
 
     Returns:
         x and y, both (B, T) with B = batch_size and T = block_size, on the device of `tokens`.
     """
-    starts = torch.randint(len(tokens), (batch_size,), device="cpu")
-    # Behind an <eos> nothing comes: such a window starts at the word before it.
-    starts -= (tokens[starts.to(tokens.device)] == Tokenizer.eos).cpu().long()
+    starts = torch.randint(len(tokens), (batch_size,), device="cpu").to(tokens.device)
+    # Back by as many places as lie behind the first <eos>; then the <eos> is the last of T + 1.
+    is_end = window_of(tokens, starts, block_size) == Tokenizer.eos
+    starts -= ((is_end.cumsum(1) > 0).sum(1) - 1).clamp(min=0)
+    # Forward again over what is of the review before: all up to the last <eos> but that one.
+    is_end = window_of(tokens, starts, block_size)[:, :-1] == Tokenizer.eos
+    starts += (is_end.flip(1).cumsum(1) > 0).sum(1)
     return cut_windows(tokens, starts, block_size)
 
 
@@ -632,15 +644,14 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     total = unknown_total = n_targets = n_unknown = n_correct = 0
     with evaluation(model):
         for some in starts.split(batch_size):
-            x, y = cut_windows(tokens, some, T)
+            x, y = cut_windows(tokens, some.to(tokens.device), T)
             logits, loss = model(x, y)
-            y = y[y != Tokenizer.pad]  # (B, T) -> (N,), the order of the logits (N, V)
-            unknown = y == Tokenizer.unk
-            total += loss.item() * len(y)
+            real, unknown = y != Tokenizer.pad, y == Tokenizer.unk
+            total += loss.item() * real.sum().item()
             unknown_total += F.cross_entropy(logits[unknown], y[unknown], reduction="sum").item()
-            n_targets += len(y)
+            n_targets += real.sum().item()
             n_unknown += unknown.sum().item()
-            n_correct += (logits.argmax(-1) == y).sum().item()
+            n_correct += (logits.argmax(-1) == y)[real].sum().item()
     return {
         "loss": total / n_targets,
         "accuracy": n_correct / n_targets,
