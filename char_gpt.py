@@ -448,7 +448,9 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     likeliest, order = logits.topk(min(top_k or V, V))  # in falling order
     probabilities = F.softmax(likeliest, dim=-1)
     if top_p is not None and top_p < 1:
-        likelier = probabilities.cumsum(-1) - probabilities  # what all likelier tokens have together
+        likelier = (
+            probabilities.cumsum(-1) - probabilities
+        )  # what all likelier tokens have together
         probabilities[likelier >= top_p] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
     return torch.zeros_like(logits).scatter(-1, order, probabilities)
@@ -584,14 +586,15 @@ def train(
     model.train()
     with CtrlC() as ctrl_c:
         while True:
-            if step % eval_interval == 0 or step >= max_iters or ctrl_c.pressed:
+            stop = step >= max_iters or (ctrl_c.pressed and step > first_step)
+            if stop or step % eval_interval == 0:
                 losses = {
                     "train": estimate_loss(model, train_tokens, batch_size, eval_iters),
                     "val": estimate_loss(model, val_tokens, batch_size, eval_iters),
                 }
                 check_finite(losses["train"], step, learning_rate)
                 on_evaluation(step, losses)
-            if step >= max_iters or ctrl_c.pressed:
+            if stop:
                 break
 
             step_start = time.perf_counter()
@@ -733,12 +736,10 @@ class Keeper:
     """
 
     def __init__(self, model, optimizer, tokenizer, sample):
-        self.model, self.optimizer, self.tokenizer, self.sample = (
-            model,
-            optimizer,
-            tokenizer,
-            sample,
-        )
+        self.model = model
+        self.optimizer = optimizer
+        self.tokenizer = tokenizer
+        self.sample = sample
         self.history = []  # an entry per evaluation: {"step": int, "train": nats, "val": nats}
         self.start = time.perf_counter()
 
@@ -760,7 +761,9 @@ class Keeper:
                 )
         try:
             self.model.load_state_dict(state["weights"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            # Its averages come from the file, its settings from the constants, should they be edited.
+            settings = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
             self.history = state["history"]
             return self.history[-1]["step"]
         except Exception as error:
