@@ -761,7 +761,7 @@ class Keeper:
                 )
         try:
             self.model.load_state_dict(state["weights"])
-            # Its averages come from the file, its settings from the constants, should they be edited.
+            # The averages come from the file, the settings from the constants: they may be edited.
             settings = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
             self.history = state["history"]
