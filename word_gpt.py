@@ -31,7 +31,7 @@ from torch import nn
 
 NAME = "word_gpt"  # the files that a run writes are NAME.pt, NAME.resume.pt and NAME*.png
 ON_GPU = torch.cuda.is_available()  # where two values stand on a line, the first is for a GPU
-DEVICE = "cuda" if ON_GPU else "mps" if torch.backends.mps.is_available() else "cpu"
+DEVICE = "cuda" if ON_GPU else "mps" if torch.mps.is_available() else "cpu"  # fastest first
 SEED = 1337  # same seed, machine and versions: same weights; another seed: another model and sample
 
 # Data
@@ -57,10 +57,7 @@ MAX_ITERS = 10000 if ON_GPU else 3000  # steps: more learns more, until it learn
 SCHEDULE = "constant" if EXPERIMENT == "large" else "one-cycle"  # see `learning_rate_at`
 LEARNING_RATE = 1e-3 if ON_GPU else 3e-3  # the peak; too high diverges, too low learns slowly
 WARMUP_ITERS = 100  # steps to reach the peak: Adam's first averages are too noisy for full steps
-BETAS = (
-    0.9,
-    0.99,
-)  # memory of AdamW's averages of gradients and of their squares (about 10 and 100 steps)
+BETAS = (0.9, 0.99)  # memory of AdamW's averages of gradients and of their squares (10, 100 steps)
 WEIGHT_DECAY = 0.1  # pull of the matrices towards zero: more generalises better, fits worse
 GRADIENT_CLIP = 1.0  # the longest gradient let through: one bad batch cannot throw the model far
 
@@ -690,17 +687,18 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     # The largest logit becomes 0 first, so that no temperature, however small, makes an infinity.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    probabilities, order = F.softmax(logits, dim=-1).sort(descending=True)
-    if top_k is not None:
-        probabilities[:, top_k:] = 0
-        probabilities /= probabilities.sum(-1, keepdim=True)
+    if top_k is None and top_p is None:
+        return F.softmax(logits, dim=-1)
+    V = logits.shape[-1]
+    likeliest, order = logits.topk(min(top_k or V, V))  # in falling order
+    probabilities = F.softmax(likeliest, dim=-1)
     if top_p is not None and top_p < 1:
         likelier = (
             probabilities.cumsum(-1) - probabilities
         )  # what all likelier tokens have together
         probabilities[likelier >= top_p] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
-    return torch.zeros_like(probabilities).scatter(-1, order, probabilities)
+    return torch.zeros_like(logits).scatter(-1, order, probabilities)
 
 
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
@@ -928,14 +926,15 @@ def train(
     model.train()
     with CtrlC() as ctrl_c:
         while True:
-            if step % eval_interval == 0 or step >= max_iters or ctrl_c.pressed:
+            stop = step >= max_iters or (ctrl_c.pressed and step > first_step)
+            if stop or step % eval_interval == 0:
                 losses = {
                     "train": estimate_loss(model, train_tokens, batch_size, eval_iters),
                     "val": estimate_loss(model, val_tokens, batch_size, eval_iters),
                 }
                 check_finite(losses["train"]["loss"], step, learning_rate)
                 on_evaluation(step, losses)
-            if step >= max_iters or ctrl_c.pressed:
+            if stop:
                 break
 
             step_start = time.perf_counter()
@@ -1079,12 +1078,10 @@ class Keeper:
     """
 
     def __init__(self, model, optimizer, tokenizer, sample):
-        self.model, self.optimizer, self.tokenizer, self.sample = (
-            model,
-            optimizer,
-            tokenizer,
-            sample,
-        )
+        self.model = model
+        self.optimizer = optimizer
+        self.tokenizer = tokenizer
+        self.sample = sample
         self.history = []  # an entry per evaluation: {"step", "train", "val"}, see `train`
         self.start = time.perf_counter()
 
@@ -1106,7 +1103,9 @@ class Keeper:
                 )
         try:
             self.model.load_state_dict(state["weights"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            # The averages come from the file, the settings from the constants: they may be edited.
+            settings = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
             self.history = state["history"]
             return self.history[-1]["step"]
         except Exception as error:
@@ -1272,7 +1271,7 @@ def pick_device(name):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used here: try --device {DEVICE}") from error
+        raise UserError(f"--device {name} cannot be used here: try --device cpu") from error
 
 
 def count_parameters(model):
@@ -1280,13 +1279,13 @@ def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def print_setup(model, train_tokens, val_tokens, batch_size, max_iters):
-    """Say what the run works with, and why."""
+def print_setup(model, train_tokens, val_tokens, batch_size, max_iters, why):
+    """Say what the run works with; `why` says why on this device."""
     device = train_tokens.device
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    native = "bfloat16 where it helps" if has_bfloat16(device) else "float32: no native bfloat16"
+    native = "bfloat16 autocast" if has_bfloat16(device) else "float32 (it has no bfloat16)"
     tokens = batch_size * model.block_size
-    print(f"device     {device}{threads}, {native} (found: {DEVICE}; --device chooses another)")
+    print(f"device     {device}{threads}, {native}; {why}")
     print(f"model      {count_parameters(model):,} parameters: {model.sizes}")
     print(f"text       {len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate")
     print(
@@ -1362,7 +1361,8 @@ def main(argv=None):
         torch.manual_seed(SEED)
         model = LM(tokenizer.vocab_size, BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT).to(device)
         optimizer = make_optimizer(model, LEARNING_RATE, BETAS, WEIGHT_DECAY)
-        print_setup(model, train_tokens, val_tokens, BATCH_SIZE, flags.max_iters)
+        why = "the fastest device found" if flags.device == DEVICE else "as --device says"
+        print_setup(model, train_tokens, val_tokens, BATCH_SIZE, flags.max_iters, why)
         keeper = Keeper(
             model,
             optimizer,
