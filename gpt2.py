@@ -335,7 +335,8 @@ class Cache:
         """Take those of T more positions, (B, H, T, hs); return those of all: (B, H, S, hs)."""
         if self.length == 0:
             B, H, _, hs = keys.shape
-            self.keys, self.values = keys.new_empty(2, B, H, self.size, hs)
+            self.keys = keys.new_empty(B, H, self.size, hs)
+            self.values = values.new_empty(B, H, self.size, hs)
         start, self.length = self.length, self.length + keys.shape[-2]
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
@@ -476,7 +477,7 @@ class LM(nn.Module):
         self.initialise()
 
     def tie_weights(self):
-        """Let one matrix be the first layer and the last: how a token is read, and how it is foretold.
+        """Let one matrix be the first layer and the last: how tokens are read, and foretold.
 
         It saves 38.6 of 163 million parameters, and each learns from both ends (Press and Wolf
         2016, arXiv 1608.05859).
@@ -774,7 +775,7 @@ def generate(
         logits, _ = quick(torch.tensor([news], device=device), caches=caches)  # (1, T) -> (1, 1, V)
         probabilities = next_token_probabilities(logits[:, -1], temperature, top_k, top_p)
         # Side by side, the probabilities cover 0 to 1: the token that a random point falls on is
-        # drawn. torch.multinomial draws a number for each of the 50,257, which takes 20 times as long.
+        # drawn. torch.multinomial would draw a number for each of the 50,257, in 20 times the time.
         ends = probabilities.double().cumsum(-1)  # (1, V)
         point = torch.rand(1, 1, dtype=torch.float64) * ends[:, -1:]
         token = torch.searchsorted(ends, point, right=True).item()
@@ -1325,7 +1326,7 @@ def download(url, path, sha256, tries=4, timeout=20.0):
                     response.raise_for_status()
                     mode = "ab" if response.status_code == 206 else "wb"
                     with open(partial, mode) as file:
-                        for piece in response.iter_content(1 << 20):
+                        for piece in response.iter_content(1 << 16):
                             file.write(piece)
                             show_progress(f"downloading {path}: {file.tell() / 1e6:.1f} MB")
             digest = hashlib.sha256()
