@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 NAME = "gpt2"  # the files that a run writes are NAME.pt, NAME.resume.pt and NAME.png
 ON_GPU = torch.cuda.is_available()  # where two values stand on a line, the first is for a GPU
-DEVICE = "cuda" if ON_GPU else "mps" if torch.backends.mps.is_available() else "cpu"
+DEVICE = "cuda" if ON_GPU else "mps" if torch.mps.is_available() else "cpu"  # fastest first
 SEED = 1337  # same seed, machine and versions: same weights; another seed: another model and sample
 
 # Data
@@ -201,9 +201,9 @@ def load_tokens(path, url, sha256, tokenizer):
     there: the system fetches what is looked at, so the text can be larger than the memory.
 
     Args:
-        path: file name. One without folders is looked for beside this script, then in the current
-            folder.
-        url, sha256: where the file can be downloaded and what it must hash to; None: nowhere.
+        path: the file.
+        url, sha256: where to get it, and what its content must hash to. A file with a url is looked
+            for beside this script as well. None: it has to be there.
 
     Returns:
         (N,) ids, uint16, on the CPU.
@@ -212,13 +212,14 @@ def load_tokens(path, url, sha256, tokenizer):
         UserError: the file is missing, unreadable, or not UTF-8.
     """
     path = Path(path)
-    beside_script = Path(__file__).with_name(path.name)
-    if path.parent == Path() and beside_script.exists():
-        path = beside_script
+    if url is not None:
+        beside_script = Path(__file__).parent / path
+        if beside_script.exists():
+            path = beside_script
+        elif not path.exists():
+            download(url, path, sha256)
     if not path.exists():
-        if url is None:
-            raise UserError(f"there is no file {path}: name one that exists with --data")
-        download(url, path, sha256)
+        raise UserError(f"there is no file {path}: name one that exists with --data")
     kept = Path(f"{path}.{tokenizer.vocabulary}.bin")
     try:
         state = path.stat()
@@ -670,7 +671,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     # The largest logit becomes 0 first, so that no temperature, however small, makes an infinity.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is None and top_p is None:
-        return F.softmax(logits, dim=-1)  # sorting 50,257 tokens takes as long as half the model
+        return F.softmax(logits, dim=-1)
     V = logits.shape[-1]
     likeliest, order = logits.topk(min(top_k or V, V))  # in falling order
     probabilities = F.softmax(likeliest, dim=-1)
@@ -914,8 +915,9 @@ def train(
     model.train()
     with CtrlC() as ctrl_c:
         while True:
-            stop = step >= max_iters or any_process(ctrl_c.pressed, n_ranks, device)
-            if step % eval_interval == 0 or stop:
+            pressed = any_process(ctrl_c.pressed, n_ranks, device)
+            stop = step >= max_iters or (pressed and step > first_step)
+            if stop or step % eval_interval == 0:
                 losses = {
                     "train": estimate_loss(model, train_tokens, batch_size, eval_iters),
                     "val": estimate_loss(model, val_tokens, batch_size, eval_iters),
@@ -1224,12 +1226,10 @@ class Keeper:
     """
 
     def __init__(self, model, optimizer, tokenizer, sample, tokens_per_step):
-        self.model, self.optimizer, self.tokenizer, self.sample = (
-            model,
-            optimizer,
-            tokenizer,
-            sample,
-        )
+        self.model = model
+        self.optimizer = optimizer
+        self.tokenizer = tokenizer
+        self.sample = sample
         self.tokens_per_step = tokens_per_step
         self.history = []  # an entry per evaluation: {"step": int, "tokens": int, "train", "val"}
         self.start = time.perf_counter()
@@ -1247,10 +1247,14 @@ class Keeper:
             ("vocabulary", state.get("vocabulary"), self.tokenizer.vocabulary),
         ):
             if kept != now:
-                raise UserError(f"{path} has {what} {kept}, this run has {now}: make them the same")
+                raise UserError(
+                    f"{path} has {what} {kept!s:.99}, this run has {now!s:.99}: make them the same"
+                )
         try:
             self.model.load_state_dict(state["weights"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            # The averages come from the file, the settings from the constants: they may be edited.
+            settings = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
             self.history = state["history"]
             return self.history[-1]["step"]
         except Exception as error:
@@ -1430,7 +1434,7 @@ def pick_device(name):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used here: try --device {DEVICE}") from error
+        raise UserError(f"--device {name} cannot be used here: try --device cpu") from error
 
 
 def count_parameters(model):
@@ -1438,14 +1442,14 @@ def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def print_setup(model, train_tokens, val_tokens, window, tokens_per_step, max_iters, n_ranks):
-    """Say what the run works with, and why."""
+def print_setup(model, train_tokens, val_tokens, window, tokens_per_step, max_iters, n_ranks, why):
+    """Say what the run works with; `why` says why on this device."""
     device = model.lm_head.weight.device
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     if n_ranks > 1:
         threads += f", {n_ranks} processes"
-    native = "bfloat16 where it helps" if has_bfloat16(device) else "float32: no native bfloat16"
-    print(f"device     {device}{threads}, {native} (found: {DEVICE}; --device chooses another)")
+    native = "bfloat16 autocast" if has_bfloat16(device) else "float32 (it has no bfloat16)"
+    print(f"device     {device}{threads}, {native}; {why}")
     print(f"model      {count_parameters(model):,} parameters: {model.sizes}")
     print(f"text       {len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate")
     print(
@@ -1502,8 +1506,16 @@ def main(argv=None):
                 BETAS,
                 WEIGHT_DECAY,
             )
+            why = "the fastest device found" if flags.device == DEVICE else "as --device says"
             print_setup(
-                model, train_tokens, val_tokens, WINDOW, TOKENS_PER_STEP, flags.max_iters, n_ranks
+                model,
+                train_tokens,
+                val_tokens,
+                WINDOW,
+                TOKENS_PER_STEP,
+                flags.max_iters,
+                n_ranks,
+                why,
             )
             if init != "scratch":
                 print(f"\nbefore training, {init} goes on like this:\n")
