@@ -444,18 +444,13 @@ class Constant(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=0)
 
 
-def test_metrics_by_hand(gpt, capsys):
+def test_metrics_by_hand(gpt):
     # Targets of "5 3 3 1 <eos>": 3 3 1 <eos>. Their odds: 1/2 1/2 1/8 1/4.
     tokens = torch.tensor([5, 3, 3, 1, 2])
     metrics = gpt.estimate_loss(Constant([1e-9, 1 / 8, 1 / 4, 1 / 2, 1 / 16, 1 / 16]), tokens, 2)
     assert metrics["loss"] == pytest.approx((1 + 1 + 3 + 2) / 4 * math.log(2))
     assert metrics["known_loss"] == pytest.approx((1 + 1 + 2) / 3 * math.log(2))
     assert metrics["accuracy"] == 2 / 4
-    bits = gpt.print_metrics("val", metrics, 5 / 20)  # 7/4 bits a token, 4 characters a token
-    assert bits == pytest.approx(7 / 16)
-    out = capsys.readouterr().out
-    assert "accuracy 50.00%" in out
-    assert f"perplexity {2 ** (7 / 4):.1f}" in out
 
 
 def test_schedules(gpt):
@@ -604,7 +599,11 @@ def test_run_resume_and_sample(script, tmp_path):
     lines = run.stdout.splitlines()
     assert any("in the vocabulary; unknown: " in line for line in lines)
     assert [line.split()[1] for line in lines if line.startswith("step")] == ["0", "3", "6"]
-    assert sum(line.startswith("best model on all of ") for line in lines) == 2
+    assert [line.split()[0] for line in lines if "bits per character" in line] == [
+        "train",
+        "val",
+        "test",
+    ]
     assert any(line.startswith("likeliest of 2 beams") for line in lines)
     assert any(line.startswith("the film was") for line in lines)
     for name in ("word_gpt.png", "word_gpt_attention.png"):
@@ -645,8 +644,10 @@ def test_main_returns_results(gpt, tmp_path, monkeypatch, reviews, capsys):
         None,
         **SETTINGS | {"min_freq": gpt.MIN_FREQ, "seed": gpt.SEED},
     )
-    assert results["val"] == gpt.estimate_loss(model, corpus["val"]["tokens"], 4)
-    assert results["test"] == gpt.estimate_loss(model, corpus["test"]["tokens"], 4)
+    for part in ("val", "test"):
+        metrics = gpt.estimate_loss(model, corpus[part]["tokens"], 4)
+        assert results[part] | metrics == results[part]
+        assert results[part]["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
     assert results["val_loss"] == results["val"]["loss"]
     nats = results["val_loss"] * len(corpus["val"]["tokens"])
     assert results["bits_per_character"] == pytest.approx(
