@@ -36,19 +36,19 @@ DATA_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TRAIN_SHARE = 0.9  # the first 90% are for training, the rest is never trained on
 
 # Model
-BLOCK_SIZE = 256  # tokens of context: more is better informed, and costs time for each token
+BLOCK_SIZE = 256 if ON_GPU else 128  # tokens of context: more informs better, and takes more time
 N_EMBED = 384 if ON_GPU else 128  # channels: more can learn more, in quadratically more time
 N_LAYERS = 6 if ON_GPU else 4  # blocks, one after the other: deeper, in proportionally more time
 N_HEADS = 6 if ON_GPU else 4  # heads per block, each N_EMBED / N_HEADS channels wide
-DROPOUT = 0.2 if ON_GPU else 0.1  # share of activations zeroed in training: more overfits later
+DROPOUT = 0.2 if ON_GPU else 0.0  # share of activations zeroed in training: more overfits later
 
 # Optimisation
-BATCH_SIZE = 64 if ON_GPU else 16  # windows per step: more is a smoother, costlier gradient
-MAX_ITERS = 5000 if ON_GPU else 2000  # steps: more learns more, until it learns the text by heart
+BATCH_SIZE = 64 if ON_GPU else 32  # windows per step: more is a smoother, costlier gradient
+MAX_ITERS = 2500  # steps: more learns more, until it learns the text by heart
 LEARNING_RATE = 1e-3 if ON_GPU else 6e-3  # the peak; too high diverges, too low learns slowly
 WARMUP_ITERS = 100  # steps to reach the peak: Adam's first averages are too noisy for full steps
 BETAS = (0.9, 0.99)  # memory of AdamW's averages of gradients and of their squares (10, 100 steps)
-WEIGHT_DECAY = 0.1  # pull of the matrices towards zero: more generalises better, fits worse
+WEIGHT_DECAY = 0.1 if ON_GPU else 0.5  # pull of matrices to zero: more generalises, fits worse
 GRADIENT_CLIP = 1.0  # the longest gradient let through: one bad batch cannot throw the model far
 
 # Evaluation
