@@ -23,12 +23,12 @@ from torch import nn
 # ---------------------------------------------------------------------------------------------
 
 NAME = "char_gpt"  # the files that a run writes are NAME.pt, NAME.resume.pt and NAME.png
-ON_GPU = torch.cuda.is_available()  # where two values stand on a line, the first is for a GPU
+ON_GPU = torch.cuda.is_available()  # where two values stand on a line, the first is for CUDA
 DEVICE = "cuda" if ON_GPU else "mps" if torch.mps.is_available() else "cpu"  # fastest first
 SEED = 1337  # same seed, machine and versions: same weights; another seed: another model and sample
 
 # Data
-DATA = "input.txt"  # any UTF-8 text; looked for beside this file, then in the current folder
+DATA = "input.txt"  # any UTF-8 text; the default is looked for beside this file as well
 DATA_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
@@ -39,8 +39,8 @@ TRAIN_SHARE = 0.9  # the first 90% are for training, the rest is never trained o
 BLOCK_SIZE = 256 if ON_GPU else 128  # tokens of context: more informs better, and takes more time
 N_EMBED = 384 if ON_GPU else 128  # channels: more can learn more, in quadratically more time
 N_LAYERS = 6 if ON_GPU else 4  # blocks, one after the other: deeper, in proportionally more time
-N_HEADS = 6 if ON_GPU else 4  # heads per block, each N_EMBED / N_HEADS channels wide
-DROPOUT = 0.2 if ON_GPU else 0.0  # share of activations zeroed in training: more overfits later
+N_HEADS = 6 if ON_GPU else 4  # heads per block: more see more kinds of things, in fewer channels
+DROPOUT = 0.2 if ON_GPU else 0.0  # share of activations zeroed in training: more delays overfitting
 
 # Optimisation
 BATCH_SIZE = 64 if ON_GPU else 32  # windows per step: more is a smoother, costlier gradient
@@ -48,8 +48,10 @@ MAX_ITERS = 2500  # steps: more learns more, until it learns the text by heart
 LEARNING_RATE = 1e-3 if ON_GPU else 6e-3  # the peak; too high diverges, too low learns slowly
 WARMUP_ITERS = 100  # steps to reach the peak: Adam's first averages are too noisy for full steps
 BETAS = (0.9, 0.99)  # memory of AdamW's averages of gradients and of their squares (10, 100 steps)
-WEIGHT_DECAY = 0.1 if ON_GPU else 0.5  # pull of matrices to zero: more generalises, fits worse
-GRADIENT_CLIP = 1.0  # the longest gradient let through: one bad batch cannot throw the model far
+WEIGHT_DECAY = (
+    0.1 if ON_GPU else 0.5
+)  # pull of matrices to zero: more fits less, generalises better
+GRADIENT_CLIP = 1.0  # longer gradients are cut to it: one bad batch cannot throw the model far
 
 # Evaluation
 EVAL_INTERVAL = 500  # steps between two evaluations: fewer show more, and take more time
@@ -69,7 +71,7 @@ TOP_P = None  # draw among the likeliest tokens that make up this probability; N
 
 
 class UserError(ValueError):
-    """An error that the user can mend; run as a script, it prints as one line, no traceback."""
+    """An error that the user can mend: run as a script, the file prints it as a single line."""
 
 
 def load_text(path, url, sha256):
@@ -88,22 +90,20 @@ def load_text(path, url, sha256):
         beside_script = Path(__file__).parent / path
         if beside_script.exists():
             path = beside_script
-        elif not path.exists():
+        elif not path.exists() and path.name == url.rpartition("/")[2]:
             download(url, path, sha256)
-    if not path.exists():
-        raise UserError(f"there is no file {path}: name one that exists with --data")
     try:
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}: name one with --data") from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text ({error}): convert it, then try again"
-        ) from error
+        raise UserError(f"{path} is not UTF-8 ({error}): convert it, then try again") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
 class Tokenizer:
-    """Turns text into numbers and back: each character is its place in a sorted list.
+    """Turns text into numbers and back: the id of a character is its place in a sorted list.
 
     >>> tokenizer = Tokenizer("hello")
     >>> tokenizer.vocabulary, tokenizer.vocab_size
@@ -124,7 +124,9 @@ class Tokenizer:
         unknown = sorted(set(text) - set(self.vocabulary))
         if unknown:
             names = ", ".join(map(repr, unknown))
-            raise UserError(f"text has characters that the training text never shows: {names}")
+            raise UserError(
+                f"characters that the training text never shows: {names}; leave them out"
+            )
         return [self.id_of[character] for character in text]
 
     def decode(self, ids):
@@ -135,8 +137,8 @@ class Tokenizer:
 def split_text(text, tokenizer, train_share, block_size):
     """Return the ids of the first `train_share` of the text, and of the rest: two int64 vectors.
 
-    The cut is in time, not at random: a shuffled split would put each validation passage between
-    two passages that the model has learned.
+    The cut is at one place, not at random: a shuffled split would put each validation passage
+    between two passages that the model has learned.
 
     Raises:
         UserError: the text is too short for one window to train on and two tokens to validate.
@@ -145,8 +147,8 @@ def split_text(text, tokenizer, train_share, block_size):
     cut = int(train_share * len(ids))
     if cut <= block_size or len(ids) - cut < 2:
         raise UserError(
-            f"the text has {len(ids):,} tokens, too few: its training part must be longer than "
-            f"BLOCK_SIZE = {block_size}; use a longer text or a smaller BLOCK_SIZE"
+            f"{len(ids):,} tokens are too few: TRAIN_SHARE = {train_share} of them must be more "
+            f"than BLOCK_SIZE = {block_size}, with 2 left: use a longer text, or a smaller BLOCK_SIZE"
         )
     return ids[:cut], ids[cut:]
 
@@ -162,9 +164,9 @@ class Head(nn.Module):
         attention(Q, K, V) = softmax(Q Kᵀ / √hs) V          Vaswani et al. 2017, eq. 1
 
     A query says what a position looks for, a key what a position has to offer, and a value what it
-    hands over when asked. There is nothing to learn in here: the weights that make queries, keys
-    and values are in `MultiHead`. And only the last two dimensions matter, so that all heads of all
-    texts of a batch go through at once, as one large matrix product that is faster than many small.
+    hands over when asked. Nothing in here is learned: the weights that make queries, keys and
+    values are in `MultiHead`. Only the last two dimensions matter, so all heads of all texts of a
+    batch go through at once, which is faster than one after the other.
     """
 
     def forward(self, queries, keys, values):
@@ -172,7 +174,8 @@ class Head(nn.Module):
         T, hs = queries.shape[-2:]
         # A sum of hs products grows like √hs. Undivided, it would drive the softmax to its ends,
         # where one weight is 1, the others are 0, and no gradient comes back.
-        # (B, H, T, hs) @ (B, H, hs, T) -> (B, H, T, T): row t, how well position t likes each other
+        # (B, H, T, hs) @ (B, H, hs, T) -> (B, H, T, T): row t, how much position t wants each
+        # (The queries are divided, not the scores: the same result, from fewer numbers.)
         scores = (queries * hs**-0.5) @ keys.transpose(-2, -1)
         # Position t must not see what comes after it, for that is what it has to predict. Above the
         # diagonal -inf is added, and exp(-inf) = 0: a weight of exactly zero.
@@ -185,7 +188,7 @@ class MultiHead(nn.Module):
     """Several heads side by side, each on its own channels; then a mix of what they found.
 
     One head can look at one kind of thing: the last vowel, or who is speaking. H heads look at H
-    things, each in hs = C / H channels, for the price of one head that is C wide.
+    things, each in hs = C / H channels, for about the price of one head that is C wide.
     Vaswani et al. 2017, section 3.2.2.
 
     Args:
@@ -199,17 +202,18 @@ class MultiHead(nn.Module):
 
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
-        if n_embed % n_heads:
+        if n_heads < 1 or n_embed % n_heads:
             raise UserError(f"N_EMBED = {n_embed} is not divisible by N_HEADS = {n_heads}")
         self.n_heads = n_heads
-        # Three projections in one matrix. No bias: on queries and keys it would hardly matter.
+        # Three projections in one matrix. No bias: one on the keys would cancel in the softmax, and
+        # that of the projection below does for the values.
         self.queries_keys_values = nn.Linear(n_embed, 3 * n_embed, bias=False)
         self.head = Head()
         self.projection = nn.Linear(n_embed, n_embed)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        """Let every position of x (B, T, C) collect from the positions before it: (B, T, C)."""
+        """Let every position of x (B, T, C) collect from itself and those before it: (B, T, C)."""
         B, T, C = x.shape
         # (B, T, C) @ (C, 3C) -> (B, T, 3C), cut into three (B, T, C)
         projected = self.queries_keys_values(x).split(C, dim=-1)
@@ -249,9 +253,9 @@ class Block(nn.Module):
     """Attention, then feed-forward, each added to what was there.
 
     The sum is a road on which gradients reach the first layer undisturbed (residual connections, He
-    et al. 2015, arXiv 1512.03385). LayerNorm brings each position to mean 0 and deviation 1. It
-    stands before each part, off the road, where training is more stable than with it on the road
-    (pre-LayerNorm, Xiong et al. 2020, arXiv 2002.04745).
+    et al. 2015, arXiv 1512.03385). LayerNorm brings each position to mean 0 and deviation 1, then
+    scales and shifts each channel. It stands before each part, off the road, where training is more
+    stable than with it on the road (pre-LayerNorm, Xiong et al. 2020, arXiv 2002.04745).
 
     Args:
         n_embed: C, channels. n_heads: H, heads. dropout: share zeroed in training.
@@ -271,7 +275,9 @@ class Block(nn.Module):
 
 
 class LM(nn.Module):
-    """The language model: for every position, the odds of each token of coming next.
+    """The language model: for every position, how likely each token is to come next.
+
+    It says so in logits, one number per token, which softmax turns into probabilities.
 
     Args:
         vocab_size: V, how many tokens there are.
@@ -311,15 +317,15 @@ class LM(nn.Module):
 
         Returns:
             logits (B, T, V), float32, and the loss: the mean of -ln(probability given to the
-            target), in nats per token; None without targets.
+            target), in nats (the unit of the natural logarithm) per token; None without targets.
         """
         T = idx.shape[1]
-        # Attention sees a set, not a sequence: where a token stands has to be told. Both are looked
-        # up in tables and added: (B, T, C) + (T, C) -> (B, T, C)
+        # Attention by itself sees a set, not a sequence: where a token stands has to be told. Both
+        # are looked up in tables and added: (B, T, C) + (T, C) -> (B, T, C)
         positions = torch.arange(T, device=idx.device)
         x = self.token_embedding(idx) + self.position_embedding(positions)
         x = self.blocks(self.dropout(x))
-        # (B, T, C) @ (C, V) -> (B, T, V); float32, since 8 bits are too few for exponentials
+        # (B, T, C) @ (C, V) -> (B, T, V); float32, since bfloat16 is too coarse for the loss
         logits = self.lm_head(self.final_norm(x)).float()
         if targets is None:
             return logits, None
@@ -343,9 +349,10 @@ def get_batch(tokens, batch_size, block_size):
     Returns:
         x and y, both (B, T) with B = batch_size and T = block_size, on the device of `tokens`.
     """
+    # Drawn on the CPU, so that every device gets the same batches.
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1), device="cpu")
     offsets = torch.arange(block_size + 1)
-    windows = tokens[(starts + offsets).to(tokens.device)]  # (B, 1) + (T + 1) -> (B, T + 1)
+    windows = tokens[(starts + offsets).to(tokens.device)]  # (B, 1) + (T + 1,) -> (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -368,7 +375,7 @@ def mixed_precision(device):
 
 @contextlib.contextmanager
 def evaluation(model):
-    """Inside: no dropout, no gradients. After it, the model is in the mode it was found in."""
+    """Inside `with`: no dropout, no gradients, mixed precision. After it: the mode found before."""
     was_training = model.training
     model.eval()
     try:
@@ -438,7 +445,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"TOP_P = {top_p}: must be above 0 and at most 1, or None for no limit")
     logits = logits.float().cpu()
-    if temperature == 0:
+    if temperature < 1e-6:  # smaller numbers would overflow below, and mean the same
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     # The largest logit becomes 0 first, so that no temperature, however small, makes an infinity.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
@@ -504,8 +511,8 @@ def stream(model, tokenizer, prompt, max_new_tokens, temperature, top_k, top_p):
 def make_optimizer(model, learning_rate, betas, weight_decay):
     """Return AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), decaying the matrices only.
 
-    A matrix can trade size for overfitting, so it is pulled towards zero. A bias or the scale of a
-    LayerNorm has no such freedom, and pulling it would only put it in the wrong place.
+    Matrices (embeddings too) are what a model overfits with, so they are pulled towards zero. A
+    bias, or the scale of a LayerNorm, hardly can, and a scale belongs near 1.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -523,7 +530,7 @@ def learning_rate_at(step, max_iters, peak, warmup_iters):
     The way down lets the weights settle: at a constant rate they would keep jumping around the
     minimum. Step 0 already moves: a rate of zero would waste it.
     """
-    warmup = min(1.0, (step + 1) / warmup_iters)
+    warmup = min(1.0, (step + 1) / max(1, warmup_iters))
     return peak * warmup * (1 - step / max_iters)
 
 
@@ -569,12 +576,13 @@ def train(
 
     Args:
         train_tokens, val_tokens: (N,) ids, on the device of the model.
-        on_evaluation: called as on_evaluation(step, losses), losses = {"train": nats, "val": nats}.
+        on_evaluation: a `Keeper`, called as on_evaluation(step, losses), losses = {"train": nats,
+            "val": nats}.
         first_step: 0, or how many steps were done before a resumed run.
         The others are the constants of the same names.
 
     Returns:
-        {"steps": done in all, "seconds": taken in here, "tokens_per_second": evaluations left out}.
+        {"steps": done in all, "seconds": spent in this call, "tokens_per_second": of the steps}.
 
     Raises:
         UserError: the loss is not a number any more.
@@ -586,21 +594,22 @@ def train(
     model.train()
     with CtrlC() as ctrl_c:
         while True:
+            # Ctrl-C lets one step be taken, so that there is something to keep.
             stop = step >= max_iters or (ctrl_c.pressed and step > first_step)
             if stop or step % eval_interval == 0:
                 losses = {
                     "train": estimate_loss(model, train_tokens, batch_size, eval_iters),
                     "val": estimate_loss(model, val_tokens, batch_size, eval_iters),
                 }
-                check_finite(losses["train"], step, learning_rate)
+                check_finite(losses["train"] + losses["val"], step, learning_rate)
                 on_evaluation(step, losses)
             if stop:
                 break
 
             step_start = time.perf_counter()
             # A seed for each step makes it depend on nothing but its number: neither on how often
-            # one evaluates, nor on whether the run was resumed. (A million, so that no two runs of
-            # different seeds share a step.)
+            # one evaluates, nor on whether the run was resumed. (A million: up to so many steps, no
+            # two runs of different seeds share one.)
             torch.manual_seed(seed * 1_000_000 + step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, max_iters, learning_rate, warmup_iters)
@@ -681,7 +690,7 @@ def save_checkpoint(path, model, tokenizer, **more):
         torch.save(state, temporary)
 
 
-def read_checkpoint(path, device):
+def read_checkpoint(path):
     """Return the dict that `save_checkpoint` wrote. A file from a stranger can run no code here.
 
     Raises:
@@ -690,7 +699,7 @@ def read_checkpoint(path, device):
     if not Path(path).exists():
         raise UserError(f"there is no {path} here: run `python {NAME}.py` first, which writes it")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         name = state["name"]
     except Exception as error:  # torch.load raises what it likes
         reason = str(error).partition("\n")[0]
@@ -698,7 +707,7 @@ def read_checkpoint(path, device):
             f"{path} cannot be read as a checkpoint ({reason}): move it away"
         ) from error
     if name != NAME:
-        raise UserError(f"{path} was written by {name}.py, not by {NAME}.py: move it away")
+        raise UserError(f"{path} was written by {name!r}, not by {NAME!r}: move it away")
     return state
 
 
@@ -708,21 +717,23 @@ def load_checkpoint(path, device):
     Raises:
         UserError: there is no such file, or it is no checkpoint of this script.
     """
-    state = read_checkpoint(path, device)
+    state = read_checkpoint(path)
     try:
         sizes, weights = state["sizes"], state["weights"]
         tokenizer = Tokenizer(state["vocabulary"])
         if tokenizer.vocab_size != sizes["vocab_size"] or sizes["n_layers"] > len(weights):
-            raise ValueError("its sizes contradict its contents")
+            raise ValueError("its sizes contradict its contents")  # and might take forever to build
         # On the meta device a model has no memory and no values yet: those of the file move in.
         with torch.device("meta"):
             model = LM(**sizes)
         model.load_state_dict(weights, assign=True)
-        model.to(device, torch.float32)
-    except Exception as error:  # whatever may be wrong with a file from somewhere
+        model.eval().to(torch.float32)
+        if not model(torch.zeros(1, 1, dtype=torch.int64))[0].isfinite().all():
+            raise ValueError("its weights are not finite")
+    except Exception as error:  # a file from a stranger can fail in any way
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} does not fit this {NAME}.py ({reason}): move it away") from error
-    return model.eval(), tokenizer
+    return model.to(device), tokenizer
 
 
 class Keeper:
@@ -743,21 +754,22 @@ class Keeper:
         self.history = []  # an entry per evaluation: {"step": int, "train": nats, "val": nats}
         self.start = time.perf_counter()
 
-    def resume(self, device):
+    def resume(self):
         """Bring back the state of NAME.resume.pt, and return how many steps had been done.
 
         Raises:
-            UserError: it is missing, damaged, or of other sizes or another text than this run.
+            UserError: it is missing or damaged, or has other sizes or another vocabulary.
         """
         path = f"{NAME}.resume.pt"
-        state = read_checkpoint(path, device)
+        state = read_checkpoint(path)
         for what, kept, now in (
             ("sizes", state.get("sizes"), self.model.sizes),
             ("vocabulary", state.get("vocabulary"), self.tokenizer.vocabulary),
         ):
             if kept != now:
                 raise UserError(
-                    f"{path} has {what} {kept!s:.99}, this run has {now!s:.99}: make them the same"
+                    f"{path} has {what} {kept!r:.150}, this run has {now!r:.150}: edit the "
+                    "constants, or --data, to be the same"
                 )
         try:
             self.model.load_state_dict(state["weights"])
@@ -765,7 +777,9 @@ class Keeper:
             settings = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
             self.history = state["history"]
-            return self.history[-1]["step"]
+            if not all(entry.keys() >= {"step", "train", "val"} for entry in self.history):
+                raise ValueError("its history lacks losses")
+            return int(self.history[-1]["step"])
         except Exception as error:
             raise UserError(f"{path} is damaged ({error!r}): move it away, train anew") from error
 
@@ -780,8 +794,8 @@ class Keeper:
         print(f"step {step:>5}  train {losses['train']:.4f}  val {losses['val']:.4f}  ({note})")
         print(f"            {self.sample()!r}", flush=True)
         if step == 0:
-            return  # not worth keeping, least of all in place of an earlier run's results
-        best = min(entry["val"] for entry in self.history[1:] or self.history)
+            return  # an untrained model is not worth keeping in place of an earlier run's
+        best = min(entry["val"] for entry in self.history if entry["step"])
         if losses["val"] <= best or not Path(f"{NAME}.pt").exists():
             save_checkpoint(f"{NAME}.pt", self.model, self.tokenizer, **self.history[-1])
         save_checkpoint(
@@ -851,12 +865,13 @@ def download(url, path, sha256, tries=4, timeout=20.0):
 def keep_freed_memory():
     """Make glibc keep freed memory for the next step. On other systems, do nothing.
 
-    By default it gives large tensors back to the kernel when they are freed, and each step begins
-    with page faults to get them again.
+    By default glibc gives large tensors back to the kernel when they are freed, and each step
+    begins with page faults to get them again.
     """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 # ---------------------------------------------------------------------------------------------
@@ -869,17 +884,18 @@ def parse_flags(argv):
     description = __doc__.partition("\n")[0]
     parser = argparse.ArgumentParser(prog=f"{NAME}.py", description=description)
     parser.add_argument("--prompt", metavar="TEXT", default=PROMPT, help="text to continue")
-    parser.add_argument(
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
         "--sample", action="store_true", help=f"no training: continue the prompt with {NAME}.pt"
     )
-    parser.add_argument(
+    either.add_argument(
         "--resume", action="store_true", help=f"go on with the training kept in {NAME}.resume.pt"
     )
     parser.add_argument(
         "--max-iters", metavar="N", type=int, default=MAX_ITERS, help="steps to train in all"
     )
     parser.add_argument("--data", metavar="PATH", default=DATA, help="UTF-8 text to train on")
-    parser.add_argument("--device", metavar="NAME", default=DEVICE, help="cpu, cuda, cuda:1, mps")
+    parser.add_argument("--device", metavar="NAME", default=DEVICE, help="cpu, cuda, mps")
     flags = parser.parse_args(argv)
     if flags.max_iters < 1:
         parser.error(f"--max-iters {flags.max_iters}: must be 1 or more")
@@ -889,8 +905,10 @@ def parse_flags(argv):
 def pick_device(name):
     """Return the torch.device of that name. Raises UserError where it cannot be used."""
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        device = torch.empty(0, device=name).device
+        with mixed_precision(device):
+            return device
+    except Exception as error:  # each kind of device that is not there raises its own
         raise UserError(f"--device {name} cannot be used here: try --device cpu") from error
 
 
@@ -903,7 +921,7 @@ def print_setup(model, train_tokens, val_tokens, batch_size, max_iters, why):
     """Say what the run works with; `why` says why on this device."""
     device = train_tokens.device
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    native = "bfloat16 autocast" if has_bfloat16(device) else "float32 (it has no bfloat16)"
+    native = "bfloat16 autocast" if has_bfloat16(device) else "float32 (no bfloat16 in hardware)"
     tokens = batch_size * model.block_size
     print(f"device     {device}{threads}, {native}; {why}")
     print(f"model      {count_parameters(model):,} parameters: {model.sizes}")
@@ -920,7 +938,7 @@ def main(argv=None):
     Returns:
         {"val_loss": nats per token over the whole validation split, "bits_per_character",
         "parameters", "steps", "seconds" of training, "tokens_per_second", "text": the sample}.
-        After --sample, what only training knows is None.
+        After --sample, "steps" is 0, and what only training knows is None.
 
     Raises:
         UserError: some input is bad; says which, and the way out.
@@ -956,7 +974,7 @@ def main(argv=None):
             train_tokens,
             val_tokens,
             keeper,
-            first_step=keeper.resume(device) if flags.resume else 0,
+            first_step=keeper.resume() if flags.resume else 0,
             max_iters=flags.max_iters,
             batch_size=BATCH_SIZE,
             learning_rate=LEARNING_RATE,
@@ -986,6 +1004,7 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
+        show_progress("")
         sys.exit(f"{NAME}.py: {error}")
     except KeyboardInterrupt:
         sys.exit(f"\n{NAME}.py: interrupted")

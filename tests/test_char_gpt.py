@@ -585,6 +585,9 @@ def test_checkpoints_that_are_refused(gpt, model, kept, tmp_path, monkeypatch):
         "weight missing": good
         | {"weights": {k: v for k, v in good["weights"].items() if k != "lm_head.bias"}},
         "a list": [1, 2],
+        "negative heads": good | {"sizes": good["sizes"] | {"n_heads": -4}},
+        "heads of another type": good | {"sizes": good["sizes"] | {"n_heads": 2.0}},
+        "not finite": good | {"weights": {k: v * math.nan for k, v in good["weights"].items()}},
     }
     for name, content in cases.items():
         path = tmp_path / "bad.pt"
@@ -638,17 +641,26 @@ def test_bad_input_is_one_line_and_status_1(tmp_path):
         (["--prompt", ""], ["prompt is empty"]),
         (["--sample", "--prompt", "é"], ["'é'"]),
         (["--sample", "--prompt", ""], ["prompt is empty"]),
-        (["--data", "empty.txt"], ["0 tokens, too few"]),
+        (["--data", "empty.txt"], ["0 tokens are too few"]),
         (["--data", "short.txt"], ["too few", "BLOCK_SIZE = 16"]),
         (["--data", "latin1.txt"], ["latin1.txt", "not UTF-8"]),
         (["--data", "missing.txt"], ["missing.txt", "--data"]),
         (["--data", "."], ["cannot read"]),
         (["--device", "cuda:77"], ["cuda:77"]),
         (["--device", "toaster"], ["toaster"]),
+        (["--device", "meta"], ["meta"]),
+        (["--data", "x" * 300], ["cannot read"]),
     ]:
         assert_one_line_error(run_script(script, *flags), *words)
-    for flags in (["--max-iters", "0"], ["--max-iters", "x"], ["--nonsense"]):
-        assert_one_line_error(run_script(script, *flags), flags[0], status=2)
+    for flags in (
+        ["--max-iters", "0"],
+        ["--max-iters", "x"],
+        ["--nonsense"],
+        ["--sample", "--resume"],
+    ):
+        assert_one_line_error(
+            run_script(script, *flags), flags[-1].strip("0x") or flags[0], status=2
+        )
     for path, content in before.items():
         assert path.read_bytes() == content, path
     assert not list(tmp_path.glob("*.part"))
