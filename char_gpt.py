@@ -148,7 +148,7 @@ def split_text(text, tokenizer, train_share, block_size):
     if cut <= block_size or len(ids) - cut < 2:
         raise UserError(
             f"{len(ids):,} tokens are too few: TRAIN_SHARE = {train_share} of them must be more "
-            f"than BLOCK_SIZE = {block_size}, with 2 left: use a longer text, or a smaller BLOCK_SIZE"
+            f"than BLOCK_SIZE = {block_size}, with 2 left: take a longer text, or lower BLOCK_SIZE"
         )
     return ids[:cut], ids[cut:]
 

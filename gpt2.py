@@ -1,6 +1,40 @@
 """GPT-2 in one file: it takes OpenAI's 124M weights, or none, and learns to write as a text does.
 
-HEADER_TO_BE_WRITTEN
+It downloads the weights (548 MB), shows how GPT-2 continues the prompt, fine-tunes it on a text,
+and shows how it continues the same prompt afterwards. `char_gpt.py` explains the parts; here is
+what it takes to run and train them at the size of the real thing.
+
+    python gpt2.py                              fine-tune OpenAI's weights on input.txt, then sample
+    python gpt2.py --sample                     continue the prompt with the fine-tuned weights
+    python gpt2.py --sample --init gpt2         the same with OpenAI's own (or gpt2-medium, ...)
+    python gpt2.py --init scratch --data a.txt  train from random weights, on any UTF-8 text
+    torchrun --standalone --nproc_per_node=2 gpt2.py    train on two GPUs as on one, in less time
+
+What to expect: FIGURES
+
+Shapes:
+    B   batch: how many texts at once       H   heads in a block
+    T   time: positions in a text           hs  head size, C / H channels
+    C   channels of a position (N_EMBED)    V   vocabulary: how many different tokens
+
+What differs from `char_gpt.py`, and why:
+- Tokenizer: pieces of words in place of characters, so that 1,024 tokens hold 4 times the text.
+- Data: encoded once into a file, and mapped from there; the text may be larger than the memory.
+- Block: biases on queries, keys and values, and GELU, as OpenAI's weights need them.
+- LM: the output matrix is the token embedding; OpenAI's initialisation; the loss in slices, since
+  50,257 columns of logits are the largest tensor of a step.
+- Attention: written out where that is the fastest, PyTorch's fused form elsewhere.
+- Generation: keys and values are kept, so that a token costs one position, not the whole text; on a
+  CPU the weights are packed in 16 bits, since reading them is what takes the time.
+- Training: several batches per step, several processes, a cosine for the learning rate.
+- Weights: downloaded, checked, and read from OpenAI's file without running anything in it.
+
+Left out of GPT-2: dropout on the attention weights, which the fused form is fast without.
+
+Papers: Vaswani et al. 2017, Attention Is All You Need, arXiv 1706.03762. Radford et al. 2018,
+Improving Language Understanding by Generative Pre-Training (GPT). Radford et al. 2019, Language
+Models are Unsupervised Multitask Learners (GPT-2). Brown et al. 2020, Language Models are Few-Shot
+Learners (GPT-3), arXiv 2005.14165: the settings from scratch.
 """
 
 import argparse
@@ -48,7 +82,7 @@ MAX_VAL_TOKENS = 1_000_000 if ON_GPU else 50_000  # of the rest, at most this: a
 # Model
 INIT_FROM = "gpt2"  # weights to begin with: OpenAI's "gpt2" or one of LARGER; "scratch": none
 VOCAB_SIZE = 50_257  # 256 bytes, 50,000 merges of BPE, and <|endoftext|>
-BLOCK_SIZE = 1024  # tokens of context: more is better informed, and costs time for each token
+BLOCK_SIZE = 1024  # tokens of context: more informs better, and takes more time
 N_EMBED = 768  # channels: more can learn more, in quadratically more time
 N_LAYERS = 12  # blocks, one after the other: deeper, in proportionally more time
 N_HEADS = 12  # heads per block, each N_EMBED / N_HEADS channels wide
@@ -296,10 +330,10 @@ class Head(nn.Module):
     and values are in `MultiHead`. And only the last two dimensions matter, so that all heads of all
     texts of a batch go through at once, as one large matrix product that is faster than many small.
 
-    `char_gpt.py` writes the formula out. Here PyTorch's fused form computes the same tile by tile,
-    and never holds all (T, T) scores at once (FlashAttention, Dao et al. 2022, arXiv 2205.14135).
-    GPT-2 also zeroed a share of the attention weights in training. This would take the fused form's
-    speed away, so it is left out.
+    On a GPU, and for a single query, PyTorch's fused form is faster than the formula written out.
+    It computes the same tile by tile, and never holds all scores (FlashAttention, Dao et al. 2022,
+    arXiv 2205.14135). GPT-2 also zeroed a share of the weights in training; this would take the
+    speed away, and is left out.
     """
 
     def forward(self, queries, keys, values):
@@ -312,13 +346,18 @@ class Head(nn.Module):
         Returns:
             (B, H, T, hs).
         """
-        # Position t must not see what comes after it, for that is what it has to predict. The
-        # newest position alone sees all.
-        causal = queries.shape[-2] > 1
-        if torch.is_autocast_enabled("cpu"):  # a CPU's bfloat16 is slow in here, see the header
-            with torch.autocast("cpu", enabled=False):
-                return self(queries.float(), keys.float(), values.float())
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
+        T, hs = queries.shape[-2:]
+        if T == 1 or queries.is_cuda:  # the newest position alone may see all
+            return F.scaled_dot_product_attention(queries, keys, values, is_causal=T > 1)
+        # A sum of hs products grows like √hs. Undivided, it would drive the softmax to its ends,
+        # where one weight is 1, the others are 0, and no gradient comes back.
+        # (B, H, T, hs) @ (B, H, hs, T) -> (B, H, T, T): row t, how well position t likes each other
+        scores = (queries * hs**-0.5) @ keys.transpose(-2, -1)
+        # Position t must not see what comes after it, for that is what it has to predict. Above the
+        # diagonal -inf is added, and exp(-inf) = 0: a weight of exactly zero.
+        future = torch.full((T, T), -math.inf, dtype=scores.dtype, device=scores.device).triu(1)
+        weights = F.softmax(scores + future, dim=-1)  # (B, H, T, T), each row sums to 1
+        return weights @ values  # (B, H, T, T) @ (B, H, T, hs) -> (B, H, T, hs)
 
 
 class Cache:
