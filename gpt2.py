@@ -1211,8 +1211,7 @@ def read_safetensors_header(file):
 def load_pretrained(path, **sizes):
     """Return an `LM` of these sizes with the weights of a safetensors file of GPT-2.
 
-    One tensor at a time is read into its place: the peak of memory is the model and its largest
-    matrix.
+    A few rows at a time are read into their place: the peak of memory is the model itself.
 
     Args:
         path: the file. sizes: the arguments of `LM`.
@@ -1239,10 +1238,11 @@ def load_pretrained(path, **sizes):
                     raise ValueError(f"{name} is {entry['dtype']} {shape} in {stop - start} bytes")
                 if shape != place.shape:
                     raise ValueError(f"{name} is {shape}, this model has {tuple(place.shape)}")
-                buffer = bytearray(stop - start)
                 file.seek(start)
-                file.readinto(buffer)
-                place.copy_(torch.frombuffer(buffer, dtype=torch.float32).view(shape))
+                for part in place.split(4096):  # rows at a time, or the largest would be held twice
+                    buffer = bytearray(4 * part.numel())
+                    file.readinto(buffer)
+                    part.copy_(torch.frombuffer(buffer, dtype=torch.float32).view(part.shape))
         if places:
             raise ValueError(f"it lacks {', '.join(places)}")
     except Exception as error:  # whatever may be wrong with a file from somewhere
