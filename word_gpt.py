@@ -11,11 +11,11 @@ and a look at what attention attends to.
     python word_gpt.py --data my.txt                 learns from paragraphs of a UTF-8 text
     python word_gpt.py -h
 
-What to expect of `python word_gpt.py` (2-core AMD EPYC (Zen 4, AVX-512 bfloat16), torch 2.13.0,
-SEED = 1337), measured: 7 minutes in all, 10 s of them to read and clean the reviews the first
-time; 6,543,278 parameters; V = 9,646 words, 5.68% of the validation text unknown. Loss over the
-whole validation split 5.1733 nats per token (5.3283 without <unk>), accuracy 16.74%, perplexity
-176.5, 1.3835 bits per character; over the test split 5.1817 and 16.60%. It writes:
+What to expect of `python word_gpt.py`, measured on a 2-core AMD EPYC (Zen 4, AVX-512 bfloat16) with
+torch 2.13.0 and seed 1337: 7 minutes in all, 10 s of them to read and clean the reviews the first
+time; 6,543,278 parameters; V = 9,646, and 5.68% of the words of the validation text unknown. Over
+the whole validation split: loss 5.1733 nats per token (5.3283 without <unk>), accuracy 16.74%,
+perplexity 176.5, 1.3835 bits per character; over the test split: 5.1817 and 16.60%. It writes:
 
     i think this movie was as good as the movie seemed to let his character a great performance of
     empathy as the film he has a tap gabriel and perhaps for a fact that it goes from the main cold

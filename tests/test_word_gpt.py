@@ -451,6 +451,10 @@ def test_metrics_by_hand(gpt):
     assert metrics["loss"] == pytest.approx((1 + 1 + 3 + 2) / 4 * math.log(2))
     assert metrics["known_loss"] == pytest.approx((1 + 1 + 2) / 3 * math.log(2))
     assert metrics["accuracy"] == 2 / 4
+    # Two targets, and two places of padding, which a model that says <pad> would get right.
+    padded = gpt.estimate_loss(Constant([0.9, 0.01, 0.04, 0.05]), torch.tensor([3, 3, 2]), 2)
+    assert padded["accuracy"] == 0
+    assert padded["loss"] == pytest.approx(-(math.log(0.05) + math.log(0.04)) / 2)
 
 
 def test_schedules(gpt):
@@ -626,9 +630,7 @@ def test_run_resume_and_sample(script, tmp_path):
     sample = run_script(script, "--sample", "--prompt", "The FILM, xyzzy")
     assert sample.stdout.startswith("the film <unk>")
     (tmp_path / "reviews.txt").write_text("other words\n\n" * 20, encoding="utf-8")
-    assert_one_line_error(
-        run_script(script, "--resume"), "word_gpt.resume.pt", "make them the same"
-    )
+    assert_one_line_error(run_script(script, "--resume"), "word_gpt.resume.pt", "to be the same")
 
 
 def test_main_returns_results(gpt, tmp_path, monkeypatch, reviews, capsys):
