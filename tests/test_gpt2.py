@@ -889,7 +889,7 @@ def test_bad_input_gets_one_line(folder, tmp_path):
     assert_one_line_error(run_script(path, "--data", "none.txt", env=env), "none.txt", "--data")
     (tmp_path / "short.txt").write_text("too short")
     bad = run_script(path, "--data", "short.txt", env=env)
-    assert_one_line_error(bad, "9 tokens", "WINDOW")
+    assert_one_line_error(bad, "tokens are too few", "WINDOW")
     assert_one_line_error(run_script(path, "--init", "gpt3", env=env), "gpt3", status=2)
     (tmp_path / "gpt2.safetensors").write_bytes(b"\0" * 100)
     assert_one_line_error(run_script(path, env=env), "gpt2.safetensors", "move it away")
