@@ -1486,3 +1486,19 @@ if __name__ == "__main__":
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
         sys.exit(f"{NAME}.py: out of memory: halve BATCH_SIZE, or BLOCK_SIZE, or N_EMBED")
+
+# ---------------------------------------------------------------------------------------------
+# Try this: one edit at a time to the constants, then `python word_gpt.py --sample`. Measured with
+# the model of the header.
+#
+# TEMPERATURE = 0     only the likeliest word, and soon a circle: "i think this movie was a great
+#                     movie that was the best of the movie i was expecting to see it i was expecting
+#                     a lot of the movie i was expecting a lot of the characters and the acting was
+#                     very good and i was expecting a lot of the acting was great ..."
+# TEMPERATURE = 1.3   rare words, and no sentence holds: "i think this movie was potential this
+#                     perfect dentist presented by him a shy train ordeal in the beloved type ..."
+# BEAMS = 5           the text that five beams find is likelier, and duller, than one that is drawn:
+#                     "i think this movie was so bad that it was a bit more than a lot of the movie
+#                     i was expecting to say that it was a little bit of a movie that was so bad
+#                     that it was a bit of a movie ..."
+# ---------------------------------------------------------------------------------------------
