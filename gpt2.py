@@ -1557,13 +1557,9 @@ def main(argv=None):
                     model = model.to(device)
         if not flags.sample:
             train_tokens, val_tokens = tokens
-            prompt_ids = tokenizer.encode(flags.prompt)
-            optimizer = make_optimizer(
-                model,
-                SCRATCH_LEARNING_RATE if init == "scratch" else LEARNING_RATE,
-                BETAS,
-                WEIGHT_DECAY,
-            )
+            prompt_ids = tokenizer.encode(flags.prompt)  # a bad prompt is found before the training
+            peak = SCRATCH_LEARNING_RATE if init == "scratch" else LEARNING_RATE
+            optimizer = make_optimizer(model, peak, BETAS, WEIGHT_DECAY)
             why = "the fastest device found" if flags.device == DEVICE else "as --device says"
             print_setup(
                 model,
@@ -1599,7 +1595,7 @@ def main(argv=None):
                 window=WINDOW,
                 batch_size=BATCH_SIZE,
                 tokens_per_step=TOKENS_PER_STEP,
-                learning_rate=SCRATCH_LEARNING_RATE if init == "scratch" else LEARNING_RATE,
+                learning_rate=peak,
                 warmup_iters=WARMUP_ITERS,
                 gradient_clip=GRADIENT_CLIP,
                 eval_interval=EVAL_INTERVAL,
