@@ -48,9 +48,7 @@ MAX_ITERS = 2500  # steps: more learns more, until it learns the text by heart
 LEARNING_RATE = 1e-3 if ON_GPU else 6e-3  # the peak; too high diverges, too low learns slowly
 WARMUP_ITERS = 100  # steps to reach the peak: Adam's first averages are too noisy for full steps
 BETAS = (0.9, 0.99)  # memory of AdamW's averages of gradients and of their squares (10, 100 steps)
-WEIGHT_DECAY = (
-    0.1 if ON_GPU else 0.5
-)  # pull of matrices to zero: more fits less, generalises better
+WEIGHT_DECAY = 0.1 if ON_GPU else 0.5  # pull of matrices to zero: more fits less, generalises
 GRADIENT_CLIP = 1.0  # longer gradients are cut to it: one bad batch cannot throw the model far
 
 # Evaluation
@@ -478,7 +476,7 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         UserError: `ids` is empty, or an option is out of its range.
     """
     if not ids:
-        raise UserError("the prompt is empty: give at least one character to continue")
+        raise UserError("the prompt is empty: give some text to continue")
     device = model.lm_head.weight.device
     ids = list(ids)
     for _ in range(max_new_tokens):

@@ -819,7 +819,7 @@ def generate(
         UserError: `ids` is empty, or an option is out of its range.
     """
     if not ids:
-        raise UserError("the prompt is empty: give at least one character to continue")
+        raise UserError("the prompt is empty: give some text to continue")
     device = model.position_embedding.weight.device
     quick = for_generation(model, half_weights)
     context = news = ids[-model.block_size :]
