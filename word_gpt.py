@@ -36,13 +36,13 @@ What differs from char_gpt.py, and why:
 The two experiments are EXPERIMENT = "small" (2 layers, 2 heads, 256 wide, one-cycle) and "large" (4
 layers, 8 heads, 512 wide, constant). Their values for a GPU are reasoned, not measured yet.
 
-Dimensions, in this order wherever they meet:
+The letters of all shapes, here and in the other two files:
     B   batch: windows that go through at once
     T   time: tokens of a window
     C   channels: numbers that stand for a token
-    H   heads
+    H   heads of a block
     hs  head size: C / H
-    V   vocabulary: how many tokens there are
+    V   vocabulary: how many different tokens there are
 
 Papers: Vaswani et al. 2017 (arXiv 1706.03762), attention; Maas et al. 2011 (Learning Word Vectors
 for Sentiment Analysis), the reviews; Holtzman et al. 2019 (arXiv 1904.09751), why likely text is
