@@ -528,7 +528,8 @@ def learning_rate_at(step, max_iters, peak, warmup_iters):
     The way down lets the weights settle: at a constant rate they would keep jumping around the
     minimum. Step 0 already moves: a rate of zero would waste it.
     """
-    warmup = min(1.0, (step + 1) / max(1, warmup_iters))
+    warmup_iters = max(1, min(warmup_iters, max_iters // 10))  # a short run has no time for more
+    warmup = min(1.0, (step + 1) / warmup_iters)
     return peak * warmup * (1 - step / max_iters)
 
 

@@ -881,7 +881,8 @@ def learning_rate_at(step, max_iters, peak, warmup_iters):
     minimum. It ends at a tenth of the peak (Brown et al. 2020, arXiv 2005.14165, appendix B).
     Step 0 already moves: a rate of zero would waste it.
     """
-    warmup = min(1.0, (step + 1) / max(1, warmup_iters))
+    warmup_iters = max(1, min(warmup_iters, max_iters // 10))  # a short run has no time for more
+    warmup = min(1.0, (step + 1) / warmup_iters)
     return peak * warmup * (0.55 + 0.45 * math.cos(math.pi * step / max_iters))
 
 

@@ -911,7 +911,8 @@ def learning_rate_at(step, max_iters, peak, warmup_iters, schedule):
     """
     if schedule not in ("one-cycle", "constant"):
         raise UserError(f'SCHEDULE = {schedule!r}: must be "one-cycle" or "constant"')
-    warmup = min(1.0, (step + 1) / max(1, warmup_iters))
+    warmup_iters = max(1, min(warmup_iters, max_iters // 10))  # a short run has no time for more
+    warmup = min(1.0, (step + 1) / warmup_iters)
     return peak * warmup * (1 - step / max_iters if schedule == "one-cycle" else 1)
 
 

@@ -376,6 +376,7 @@ def test_learning_rate_schedule(gpt):
     assert rates[-1] == pytest.approx(0.01 / 1000)
     assert all(rate > 0 for rate in rates)
     assert gpt.learning_rate_at(0, 1, 0.01, 100) > 0
+    assert gpt.learning_rate_at(9, 100, 0.01, 100) == pytest.approx(0.01 * 0.91)  # a short run
 
 
 def test_only_matrices_decay(gpt, model):
