@@ -52,7 +52,7 @@ WEIGHT_DECAY = 0.1 if ON_GPU else 0.5  # pull of matrices to zero: more fits les
 GRADIENT_CLIP = 1.0  # longer gradients are cut to it: one bad batch cannot throw the model far
 
 # Evaluation
-EVAL_INTERVAL = 500  # steps between two evaluations: fewer show more, and take more time
+EVAL_INTERVAL = 200  # steps between two evaluations: fewer show more, and take more time
 EVAL_ITERS = 10  # batches per evaluation and split: more are more exact, and take more time
 
 # Generation
