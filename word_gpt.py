@@ -99,7 +99,7 @@ DROPOUT = 0.1 if ON_GPU else 0.0  # share of activations zeroed in training: mor
 
 # Optimisation
 BATCH_SIZE = 128 if ON_GPU else 32  # windows per step: more is a smoother, costlier gradient
-MAX_ITERS = 10000 if ON_GPU else 3000  # steps: more learns more, until it learns by heart
+MAX_ITERS = 10000 if ON_GPU else 2000  # steps: more learns more, until it learns by heart
 SCHEDULE = "constant" if EXPERIMENT == "large" else "one-cycle"  # see `learning_rate_at`
 LEARNING_RATE = 1e-3 if ON_GPU else 2e-3  # the peak; too high diverges, too low learns slowly
 WARMUP_ITERS = 100  # steps to reach the peak: Adam's first averages are too noisy for full steps
