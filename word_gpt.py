@@ -99,9 +99,9 @@ DROPOUT = 0.1 if ON_GPU else 0.0  # share of activations zeroed in training: mor
 
 # Optimisation
 BATCH_SIZE = 128 if ON_GPU else 32  # windows per step: more is a smoother, costlier gradient
-MAX_ITERS = 10000 if ON_GPU else 2000  # steps: more learns more, until it learns by heart
+MAX_ITERS = 10000 if ON_GPU else 1500  # steps: more learns more, until it learns by heart
 SCHEDULE = "constant" if EXPERIMENT == "large" else "one-cycle"  # see `learning_rate_at`
-LEARNING_RATE = 1e-3 if ON_GPU else 2e-3  # the peak; too high diverges, too low learns slowly
+LEARNING_RATE = 1e-3 if ON_GPU else 4e-3  # the peak; too high diverges, too low learns slowly
 WARMUP_ITERS = 100  # steps to reach the peak: Adam's first averages are too noisy for full steps
 BETAS = (0.9, 0.99)  # memory of AdamW's averages of gradients and of their squares (10, 100 steps)
 WEIGHT_DECAY = 0.1  # pull of matrices to zero: more fits less, generalises better
