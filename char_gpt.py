@@ -1,6 +1,56 @@
 """A GPT in one file, character by character: it reads Shakespeare and learns to write more of it.
 
-HEADER_TO_BE_WRITTEN
+Nothing is hidden in a library or a second file: data, tokenizer, attention, training, sampling.
+Read it from top to bottom; every line that is not obvious says why it is there.
+
+    python char_gpt.py                                  train, then continue PROMPT
+    python char_gpt.py --max-iters 500                  less training, a quarter of the time
+    python char_gpt.py --sample --prompt "JULIET:"      no training: continue with what was learned
+    python char_gpt.py --resume --max-iters 5000        train further
+    python char_gpt.py --data mytext.txt --prompt "It"  on another text
+    python char_gpt.py -h                               all flags; the constants below are the rest
+
+What to expect, measured on a 2-core AMD EPYC (Zen 4, AVX-512 bfloat16), Linux, Python
+3.11, torch 2.13.0, SEED 1337, `python char_gpt.py`:
+
+- 824,897 parameters; 4 1/2 minutes in all (268 s), 0.97 GB of memory
+- loss before training 4.19 (ln 65 = 4.17: it knows nothing), after it 1.4969 nats per token over
+  the whole validation split, 2.1595 bits per character; on the training text 1.26
+- `--sample` prints its first character after 2 seconds
+- it writes:
+
+    ROMEO:
+    Why, here's now? why reling he was?
+
+    DUCHESS OF YORK:
+    Thou think'st all things, my lord, have all
+    Encle his shame: 'tis to provost him not, I
+    am power to paint the father, to take him to see
+    With I soul rather birth his for high his body
+    When he blood passion him to the fire
+
+Presets, to be typed in below (the loss is the exact one, over the whole validation split):
+
+- longer: MAX_ITERS 2500, loss 1.4828 in 300 s
+- classic, the sizes that most courses have: BATCH_SIZE 64, BLOCK_SIZE 256, MAX_ITERS 5000,
+  EVAL_INTERVAL 500, LEARNING_RATE 3e-4, EVAL_ITERS 200, N_EMBED 128, N_LAYERS 4, N_HEADS 4,
+  DROPOUT 0.2. A step takes 655 ms here, so the run would take about an hour; its loss was not
+  measured.
+- on a GPU: the values below for one are reasoned, and were not measured.
+
+The letters of all shapes, here and in the other two files:
+    B   batch: windows that go through at once
+    T   time: tokens of a window
+    C   channels: numbers that stand for a token
+    H   heads of a block
+    hs  head size: C / H
+    V   vocabulary: how many different tokens there are
+
+word_gpt.py does the same with words, and gpt2.py at the size of GPT-2; what two files share stands
+in both to the letter.
+
+Papers: Vaswani et al. 2017, Attention Is All You Need (arXiv 1706.03762); Radford et al. 2018 and
+2019, GPT and GPT-2. The text and the size of the task: Karpathy 2015, char-rnn.
 """
 
 import argparse
@@ -1011,3 +1061,12 @@ if __name__ == "__main__":
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
         sys.exit(f"{NAME}.py: out of memory: halve BATCH_SIZE, or BLOCK_SIZE, or N_EMBED")
+
+# ---------------------------------------------------------------------------------------------
+# Try this: one edit at a time to the constants, then `python char_gpt.py --max-iters 400`. On the
+# machine of the header the constants as they are reach @@0@@ in that time.
+#
+# N_HEADS = 1            @@1@@
+# LEARNING_RATE = 3e-4   @@2@@
+# BLOCK_SIZE = 16        @@3@@
+# ---------------------------------------------------------------------------------------------
