@@ -92,9 +92,9 @@ MAX_VAL_TOKENS = 1_000_000 if ON_GPU else 50_000  # of the rest, at most this: a
 INIT_FROM = "gpt2"  # weights to begin with: OpenAI's "gpt2" or one of LARGER; "scratch": none
 VOCAB_SIZE = 50_257  # 256 bytes, 50,000 merges of BPE, and <|endoftext|>
 BLOCK_SIZE = 1024  # tokens of context: more informs better, and takes more time
-N_EMBED = 768  # channels: more can learn more, in quadratically more time
-N_LAYERS = 12  # blocks, one after the other: deeper, in proportionally more time
-N_HEADS = 12  # heads per block: more see more kinds of things, in fewer channels
+N_EMBED = 768  # channels: more learn more; the time is quadratic
+N_LAYERS = 12  # blocks, one after another: deeper, and slower
+N_HEADS = 12  # heads per block: more see more, in fewer channels
 DROPOUT = 0.1  # share of activations zeroed in training: more delays overfitting
 QKV_BIAS = True  # biases on queries, keys and values: GPT-2 has them, later models do not
 
@@ -117,12 +117,12 @@ LEARNING_RATE = 5e-5  # the peak from OpenAI's weights; too high forgets, too lo
 SCRATCH_LEARNING_RATE = 6e-4  # the peak from scratch: Brown et al. 2020, table 2.1, for this size
 WARMUP_ITERS = 10  # steps to reach the peak: Adam's first averages are too noisy for full steps
 BETAS = (0.9, 0.95)  # memory of AdamW's averages of gradients and of their squares (10, 20 steps)
-WEIGHT_DECAY = 0.1  # pull of matrices to zero: more fits less, generalises better
+WEIGHT_DECAY = 0.1  # pull of matrices to zero: more generalises, fits less
 GRADIENT_CLIP = 1.0  # longer gradients are cut to it: one bad batch cannot throw the model far
 
 # Evaluation
 EVAL_INTERVAL = 50  # steps between two evaluations: fewer show more, and take more time
-EVAL_ITERS = 10 if ON_GPU else 2  # batches per evaluation and split: more are more exact
+EVAL_ITERS = 10 if ON_GPU else 2  # batches per evaluation: more are more exact, and slower
 
 # Generation
 PROMPT = "ROMEO:"  # the text to continue
@@ -591,6 +591,7 @@ def sliced_loss(lm_head, x, targets, rows=1024):
     """
 
     def loss_of(x, targets):
+        """Return the summed loss of one slice: (n, C) and (n,)."""
         return F.cross_entropy(lm_head(x).float(), targets, reduction="sum")
 
     slices = zip(x.split(rows), targets.split(rows), strict=True)
@@ -634,8 +635,9 @@ def has_bfloat16(device):
 def mixed_precision(device):
     """Return a context in which matrix products run in bfloat16, where the hardware has it.
 
-    bfloat16 has float32's range with 8 bits of precision in place of 24. Half the bytes, twice the
-    speed, and gradients are noisy anyhow. Weights and their updates stay in float32.
+    bfloat16 has float32's range with 8 bits of precision in place of 24: half the bytes, matrix
+    products at twice the speed, and gradients are noisy anyhow. Weights and their updates stay in
+    float32.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device))
 
@@ -716,7 +718,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     logits = logits.float().cpu()
     if temperature < 1e-6:  # smaller numbers would overflow below, and mean the same
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    # The largest logit becomes 0 first, so that no temperature, however small, makes an infinity.
+    # The largest logit becomes 0 first, so that a small temperature makes no infinity.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is None and top_p is None:
         return F.softmax(logits, dim=-1)
@@ -724,9 +726,8 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     likeliest, order = logits.topk(min(top_k or V, V))  # in falling order
     probabilities = F.softmax(likeliest, dim=-1)
     if top_p is not None and top_p < 1:
-        likelier = (
-            probabilities.cumsum(-1) - probabilities
-        )  # what all likelier tokens have together
+        # Of each token, the probability that all likelier ones have together:
+        likelier = probabilities.cumsum(-1) - probabilities
         probabilities[likelier >= top_p] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
     return torch.zeros_like(logits).scatter(-1, order, probabilities)
@@ -895,6 +896,7 @@ class CtrlC:
     pressed = False
 
     def __enter__(self):
+        """Listen for Ctrl-C; give the object itself to `as`."""
         self.previous = signal.signal(signal.SIGINT, self.press)
         return self
 
@@ -904,6 +906,7 @@ class CtrlC:
         signal.signal(signal.SIGINT, self.previous)
 
     def __exit__(self, *exception):
+        """Leave Ctrl-C as it was found."""
         signal.signal(signal.SIGINT, self.previous)
 
 

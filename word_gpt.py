@@ -92,24 +92,24 @@ MIN_FREQ = 5 if ON_GPU else 50  # a rarer word is <unk>: lower knows more words,
 # Model
 EXPERIMENT = "small"  # or "large": sets the four constants that name it below
 BLOCK_SIZE = 64  # tokens of context: more informs better, and takes more time
-N_EMBED = 512 if EXPERIMENT == "large" else 256  # channels: more can learn more, at more time
-N_LAYERS = 4 if EXPERIMENT == "large" else 2  # blocks, one after the other: deeper, and slower
-N_HEADS = 8 if EXPERIMENT == "large" else 2  # heads per block: more see more kinds of things
+N_EMBED = 512 if EXPERIMENT == "large" else 256  # channels: more learn more; the time is quadratic
+N_LAYERS = 4 if EXPERIMENT == "large" else 2  # blocks, one after another: deeper, and slower
+N_HEADS = 8 if EXPERIMENT == "large" else 2  # heads per block: more see more, in fewer channels
 DROPOUT = 0.1 if ON_GPU else 0.0  # share of activations zeroed in training: more delays overfitting
 
 # Optimisation
 BATCH_SIZE = 128 if ON_GPU else 32  # windows per step: more is a smoother, costlier gradient
-MAX_ITERS = 10000 if ON_GPU else 1500  # steps: more learns more, until it learns by heart
+MAX_ITERS = 10000 if ON_GPU else 1500  # steps: more learns more, until it learns the text by heart
 SCHEDULE = "constant" if EXPERIMENT == "large" else "one-cycle"  # see `learning_rate_at`
 LEARNING_RATE = 1e-3 if ON_GPU else 4e-3  # the peak; too high diverges, too low learns slowly
 WARMUP_ITERS = 100  # steps to reach the peak: Adam's first averages are too noisy for full steps
 BETAS = (0.9, 0.99)  # memory of AdamW's averages of gradients and of their squares (10, 100 steps)
-WEIGHT_DECAY = 0.1  # pull of matrices to zero: more fits less, generalises better
+WEIGHT_DECAY = 0.1  # pull of matrices to zero: more generalises, fits less
 GRADIENT_CLIP = 1.0  # longer gradients are cut to it: one bad batch cannot throw the model far
 
 # Evaluation
 EVAL_INTERVAL = 500  # steps between two evaluations: fewer show more, and take more time
-EVAL_ITERS = 10  # batches per evaluation and split: more are more exact, and take more time
+EVAL_ITERS = 10  # batches per evaluation: more are more exact, and slower
 
 # Generation
 PROMPT = "I think this movie was"  # the text to continue
@@ -647,8 +647,9 @@ def has_bfloat16(device):
 def mixed_precision(device):
     """Return a context in which matrix products run in bfloat16, where the hardware has it.
 
-    bfloat16 has float32's range with 8 bits of precision in place of 24. Half the bytes, twice the
-    speed, and gradients are noisy anyhow. Weights and their updates stay in float32.
+    bfloat16 has float32's range with 8 bits of precision in place of 24: half the bytes, matrix
+    products at twice the speed, and gradients are noisy anyhow. Weights and their updates stay in
+    float32.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device))
 
@@ -734,7 +735,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     logits = logits.float().cpu()
     if temperature < 1e-6:  # smaller numbers would overflow below, and mean the same
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    # The largest logit becomes 0 first, so that no temperature, however small, makes an infinity.
+    # The largest logit becomes 0 first, so that a small temperature makes no infinity.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is None and top_p is None:
         return F.softmax(logits, dim=-1)
@@ -742,9 +743,8 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     likeliest, order = logits.topk(min(top_k or V, V))  # in falling order
     probabilities = F.softmax(likeliest, dim=-1)
     if top_p is not None and top_p < 1:
-        likelier = (
-            probabilities.cumsum(-1) - probabilities
-        )  # what all likelier tokens have together
+        # Of each token, the probability that all likelier ones have together:
+        likelier = probabilities.cumsum(-1) - probabilities
         probabilities[likelier >= top_p] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
     return torch.zeros_like(logits).scatter(-1, order, probabilities)
@@ -925,6 +925,7 @@ class CtrlC:
     pressed = False
 
     def __enter__(self):
+        """Listen for Ctrl-C; give the object itself to `as`."""
         self.previous = signal.signal(signal.SIGINT, self.press)
         return self
 
@@ -934,6 +935,7 @@ class CtrlC:
         signal.signal(signal.SIGINT, self.previous)
 
     def __exit__(self, *exception):
+        """Leave Ctrl-C as it was found."""
         signal.signal(signal.SIGINT, self.previous)
 
 

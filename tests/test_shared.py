@@ -168,6 +168,36 @@ def test_every_constant_says_what_it_is(script):
             assert "  # " in line, line
 
 
+# Constants whose comment differs, for the constant itself does.
+OWN_COMMENTS = {
+    "NAME": "word_gpt.py draws a second picture",
+    "DATA": "an archive of reviews",
+    "TRAIN_SHARE": "another share",
+    "BATCH_SIZE": "gpt2.py has several batches per step",
+    "LEARNING_RATE": "gpt2.py has a second one, from scratch",
+    "BETAS": "another memory",
+    "SAMPLE_TOKENS": "a review can end before",
+}
+
+
+def test_constants_that_scripts_share_have_the_same_comment():
+    comments = {}
+    for script in SCRIPTS:
+        top = source_of(script).partition("# 2. Data")[0]
+        for name, comment in re.findall(r"^([A-Z][A-Z_0-9]*) = .*?  # (.*)$", top, flags=re.M):
+            comments.setdefault(name, set()).add(comment)
+    differing = {name for name, texts in comments.items() if len(texts) > 1}
+    assert differing == OWN_COMMENTS.keys()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_end_of_the_file_is_the_same(script):
+    def ending(name):
+        return source_of(name).partition('if __name__ == "__main__":')[2].partition("\n# ---")[0]
+
+    assert ending(script) == ending("char_gpt") != ""
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_definition_has_a_docstring_and_only_main_reads_constants(script):
     tree = ast.parse(source_of(script))
