@@ -26,17 +26,23 @@ The letters of all shapes, here and in the other two files:
     hs  head size: C / H
     V   vocabulary: how many different tokens there are
 
-What differs from `char_gpt.py`, and why:
-- Tokenizer: pieces of words in place of characters, so that 1,024 tokens hold 4 times the text.
-- Data: encoded once into a file, and mapped from there; the text may be larger than the memory.
-- Block: biases on queries, keys and values, and GELU, as OpenAI's weights need them.
+What differs from `char_gpt.py`, and why (what `word_gpt.py` adds for reviews is not here):
+- Tokenizer, stream: pieces of words in place of characters: 338,025 tokens for the 1,115,394
+  characters of input.txt, so that a context of 1,024 holds 3.3 times the text.
+- load_tokens, split_text, get_batch, estimate_loss: the text is encoded once into a file, and
+  mapped from there; it may be larger than the memory.
+- Head: written out where that is the fastest, PyTorch's fused form elsewhere.
+- MultiHead, Block: biases on queries, keys and values, which OpenAI's weights have; a `Cache`.
+- FeedForward: GELU, which those weights were trained with.
 - LM: the output matrix is the token embedding; OpenAI's initialisation; the loss in slices, since
   50,257 columns of logits are the largest tensor of a step.
-- Attention: written out where that is the fastest, PyTorch's fused form elsewhere.
-- Generation: keys and values are kept, so that a token costs one position, not the whole text; on a
+- generate: keys and values are kept, so that a token costs one position, not the whole text; on a
   CPU the weights are packed in 16 bits, since reading them is what takes the time.
-- Training: several batches per step, several processes, a cosine for the learning rate.
-- Weights: downloaded, checked, and read from OpenAI's file without running anything in it.
+- learning_rate_at, train: a cosine; several batches per step, and several processes.
+- download, load_pretrained, load_checkpoint, save_checkpoint: OpenAI's weights go on arriving where
+  they broke off, are checked, and read without running anything; tied weights are one tensor.
+- Keeper, draw_losses, print_setup, parse_flags, main: tokens as the x-axis, one process that
+  writes, --init, and a look at what the weights write before they are trained further.
 
 Left out of GPT-2: dropout on the attention weights, which the fused form is fast without.
 

@@ -31,6 +31,7 @@ What differs from char_gpt.py, and why:
 - generate: stops at <eos>, the end of a review, and never draws <unk> or <pad>.
 - beam_search, attention_weights: new.
 - learning_rate_at: SCHEDULE may keep the rate constant, as one of the two experiments needs.
+- stream: a space between words. parse_flags: --beams.
 - train, Keeper, draw_losses, main: pass on, print and draw the further metrics.
 
 The two experiments are EXPERIMENT = "small" (2 layers, 2 heads, 256 wide, one-cycle) and "large" (4

@@ -234,6 +234,13 @@ def test_the_header_keeps_its_promises(script):
     assert "Try this" in ending
 
 
+@pytest.mark.parametrize(("script", "differing"), [("word_gpt", WORDS), ("gpt2", SIZE)])
+def test_the_header_names_what_differs(script, differing):
+    header = ast.get_docstring(ast.parse(source_of(script))).partition("What differs")[2]
+    for name in differing:
+        assert re.search(rf"\b{name.partition('.')[0]}\b", header), name
+
+
 def test_only_what_belongs_there_lies_at_the_top():
     import subprocess
 
