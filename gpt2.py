@@ -1326,19 +1326,22 @@ class Keeper:
             raise UserError(f"{path} is damaged ({error!r}): move it away, train anew") from error
 
     def __call__(self, step, losses):
-        """Print the losses and a sample; keep weights and curves."""
+        """Keep weights and curves; then print the losses and a sample."""
         self.history = [entry for entry in self.history if entry["step"] < step]
         self.history.append({"step": step, "tokens": step * self.tokens_per_step, **losses})
+        if step:  # an untrained model is not worth keeping in place of an earlier run's
+            self.keep()
         seconds = time.perf_counter() - self.start
         V = self.tokenizer.vocab_size
         note = f"knowing nothing: ln {V} = {math.log(V):.4f}" if step == 0 else f"{seconds:.0f} s"
         show_progress("")
         print(f"step {step:>5}  train {losses['train']:.4f}  val {losses['val']:.4f}  ({note})")
         print(f"            {self.sample()!r}", flush=True)
-        if step == 0:
-            return  # an untrained model is not worth keeping in place of an earlier run's
+
+    def keep(self):
+        """Write the best weights, all that --resume needs, and the curves."""
         best = min(entry["val"] for entry in self.history if entry["step"])
-        if losses["val"] <= best or not Path(f"{NAME}.pt").exists():
+        if self.history[-1]["val"] <= best or not Path(f"{NAME}.pt").exists():
             save_checkpoint(f"{NAME}.pt", self.model, self.tokenizer, **self.history[-1])
         save_checkpoint(
             f"{NAME}.resume.pt",

@@ -16,6 +16,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import ROOT, assert_one_line_error, edited_copy, load_fresh, run_script
 from torch import nn
 
@@ -139,6 +140,53 @@ def test_block_equals_torch_forward_and_gradients(gpt):
     (b * weights).sum().backward()
     for their, our in pairs:
         torch.testing.assert_close(our.grad, their.grad, atol=1e-4, rtol=1e-5)
+
+
+def test_model_equals_transformers(gpt):
+    """The whole model: embeddings, blocks, LayerNorm, output layer, loss, and all gradients."""
+    config = transformers.GPT2Config(
+        vocab_size=11, n_positions=8, n_embd=16, n_layer=2, n_head=4, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, activation_function="relu", tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    theirs = transformers.GPT2LMHeadModel(config)
+    ours = gpt.LM(vocab_size=11, block_size=8, n_embed=16, n_heads=4, n_layers=2, dropout=0.0)
+    names = [
+        ("token_embedding", "wte"), ("position_embedding", "wpe"), ("blocks.", "h."),
+        ("norm1", "ln_1"), ("norm2", "ln_2"), ("attention.queries_keys_values", "attn.c_attn"),
+        ("attention.projection", "attn.c_proj"), ("feed_forward.expand", "mlp.c_fc"),
+        ("feed_forward.shrink", "mlp.c_proj"), ("final_norm", "ln_f"),
+    ]  # fmt: skip
+    parameters = dict(theirs.named_parameters())
+    pairs = []
+    for name, our in ours.named_parameters():
+        nn.init.normal_(our, std=0.3)
+        if name == "lm_head.bias":  # GPT-2 has none
+            nn.init.zeros_(our)
+            continue
+        for a, b in names:
+            name = name.replace(a, b)
+        their = parameters.get(f"transformer.{name}", parameters.get(name))
+        assert their is not None, name
+        turned = ".c_" in name and their.dim() == 2
+        with torch.no_grad():
+            their.copy_(our.t() if turned else our)
+        pairs.append((our, their, turned))
+    with torch.no_grad():  # theirs has a bias on queries, keys and values
+        for block in theirs.transformer.h:
+            block.attn.c_attn.bias.zero_()
+    idx, targets = torch.randint(11, (3, 8)), torch.randint(11, (3, 8))
+    logits, loss = ours(idx, targets)
+    their_logits = theirs(idx).logits
+    torch.testing.assert_close(logits, their_logits, atol=1e-5, rtol=1e-5)
+    their_loss = F.cross_entropy(their_logits.flatten(0, 1), targets.flatten())
+    assert loss.item() == pytest.approx(their_loss.item(), abs=1e-6)
+    loss.backward()
+    their_loss.backward()
+    assert len(pairs) == 27
+    for our, their, turned in pairs:
+        gradient = their.grad.t() if turned else their.grad
+        torch.testing.assert_close(our.grad, gradient, atol=1e-5, rtol=1e-4)
 
 
 def test_loss_before_training_is_that_of_knowing_nothing(gpt, text):
@@ -490,6 +538,42 @@ def test_resumed_run_equals_unbroken_run(gpt, monkeypatch, tmp_path):
         for folder in "ab"
     )
     assert a == b
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"GRADIENT_CLIP": 1e-9},
+        {"LEARNING_RATE": 1e-4},
+        {"WARMUP_ITERS": 1},
+        {"BETAS": (0.8, 0.99)},
+        {"WEIGHT_DECAY": 10.0},
+        {"DROPOUT": 0.3},
+        {"BATCH_SIZE": 3},
+    ],
+    ids=lambda edit: next(iter(edit)),
+)
+def test_every_constant_of_training_reaches_it(gpt, monkeypatch, tmp_path, edit):
+    constants = {"MAX_ITERS": 20, "DROPOUT": 0.0}
+    _, before = run_main(gpt, monkeypatch, tmp_path / "a", **constants)
+    _, after = run_main(gpt, monkeypatch, tmp_path / "b", **(constants | edit))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_learning_rate_of_each_step_is_that_of_the_schedule(gpt, monkeypatch, tmp_path):
+    used = []
+    make_optimizer = gpt.make_optimizer
+
+    def watched(*arguments):
+        optimizer = make_optimizer(*arguments)
+        optimizer.register_step_pre_hook(
+            lambda optimizer, *_: used.append([group["lr"] for group in optimizer.param_groups])
+        )
+        return optimizer
+
+    monkeypatch.setattr(gpt, "make_optimizer", watched)
+    run_main(gpt, monkeypatch, tmp_path, MAX_ITERS=30, LEARNING_RATE=0.01, WARMUP_ITERS=2)
+    assert used == [[gpt.learning_rate_at(step, 30, 0.01, 2)] * 2 for step in range(30)]
 
 
 def test_a_run_can_be_resumed_for_longer(gpt, monkeypatch, tmp_path):

@@ -25,6 +25,7 @@ WORDS = {
     "train": "passes the schedule on; losses are dicts",
     "Keeper.__init__": "history entries are dicts of metrics",
     "Keeper.__call__": "prints the further metrics",
+    "Keeper.keep": "the loss is one metric of several",
     "draw_losses": "a second panel, for accuracy",
     "parse_flags": "--beams, and archives as data",
     "main": "corpus in place of text, test split, metrics, attention, beams",
@@ -67,7 +68,7 @@ INTENDED = {
     ("char_gpt", "word_gpt"): WORDS,
     ("char_gpt", "gpt2"): SIZE
     | {"split_text": "text on the disk; at most so much of it to validate"},
-    ("word_gpt", "gpt2"): SIZE,
+    ("word_gpt", "gpt2"): SIZE | {"Keeper.keep": "one loss in place of several metrics"},
 }
 
 CONSTANTS = [
