@@ -1489,6 +1489,8 @@ if __name__ == "__main__":
         sys.exit(f"{NAME}.py: {error}")
     except KeyboardInterrupt:
         sys.exit(f"\n{NAME}.py: interrupted")
+    except BrokenPipeError:  # the reader of the output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RuntimeError as error:  # what torch.OutOfMemoryError and its relatives come from
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise

@@ -801,6 +801,21 @@ def test_a_terminal_that_cannot_print_a_character(tmp_path):
     assert b"?\xe9" in done.stdout
 
 
+def test_a_reader_that_has_seen_enough(tmp_path):
+    script = tiny_copy(tmp_path, SAMPLE_TOKENS=200)
+    assert run_script(script).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, str(script), "--sample"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
 def test_a_disk_that_is_full(tmp_path):
     script = tiny_copy(tmp_path)
     assert run_script(script).returncode == 0

@@ -256,6 +256,14 @@ def test_only_what_belongs_there_lies_at_the_top():
     assert {name for name in top if not name.startswith(".")} == allowed
 
 
+def test_the_messages_that_the_readme_explains_are_those_of_the_scripts():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = re.findall(r'^- \*\*"(.*?)"', readme, flags=re.M)
+    assert len(quoted) >= 2
+    for message in quoted:
+        assert message.replace("char_gpt.pt", "{path}") in source_of("char_gpt"), message
+
+
 def test_nothing_is_left_to_be_filled_in():
     for path in (ROOT / "README.md", *(ROOT / f"{script}.py" for script in SCRIPTS)):
         text = path.read_text(encoding="utf-8")
