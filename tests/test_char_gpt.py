@@ -498,6 +498,24 @@ def test_same_seed_same_weights(gpt, monkeypatch, tmp_path):
     assert not torch.equal(other[1]["lm_head.weight"], first[1]["lm_head.weight"])
 
 
+def test_the_seed_chooses_the_batches(gpt, monkeypatch, tmp_path):
+    firsts = []
+    get_batch = gpt.get_batch
+
+    def watched(*arguments):
+        firsts.append(get_batch(*arguments))
+        return firsts[-1]
+
+    monkeypatch.setattr(gpt, "get_batch", watched)
+    for seed in (1, 2):
+        run_main(gpt, monkeypatch, tmp_path, MAX_ITERS=2, SEED=seed)
+    (x1, _), (x2, _), (x3, _), (x4, _) = firsts
+    assert not torch.equal(x1, x2)  # each step draws anew
+    assert not torch.equal(x1, x3)  # and each seed
+    assert not torch.equal(x2, x3)
+    assert not torch.equal(x2, x4)
+
+
 def test_evaluating_more_often_changes_no_weight(gpt, monkeypatch, tmp_path):
     _, seldom = run_main(gpt, monkeypatch, tmp_path / "a", DROPOUT=0.2)
     _, often = run_main(gpt, monkeypatch, tmp_path / "b", DROPOUT=0.2, EVAL_INTERVAL=7)
