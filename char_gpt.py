@@ -556,20 +556,35 @@ def stream(model, tokenizer, prompt, max_new_tokens, temperature, top_k, top_p):
 # ---------------------------------------------------------------------------------------------
 
 
-def make_optimizer(model, learning_rate, betas, weight_decay):
-    """Return AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), decaying the matrices only.
+def make_optimizers(model, learning_rate, betas, weight_decay):
+    """Return what moves the weights: Muon for the matrices of the blocks, AdamW for all else.
+
+    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) moves every weight by itself, each about as
+    far. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) looks at a matrix as a whole:
+    it makes the update move as far in every direction, not only along the few in which the
+    gradients of most steps point. It is made for matrices between layers, and computes in bfloat16;
+    where the hardware lacks that, AdamW does all.
 
     Matrices (embeddings too) are what a model overfits with, so they are pulled towards zero. A
     bias, or the scale of a LayerNorm, hardly can, and a scale belongs near 1.
     """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    in_blocks = [p for p in model.blocks.parameters() if p.dim() >= 2]
+    if not has_bfloat16(model.lm_head.weight.device):
+        in_blocks = []
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in in_blocks)]
     groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     # fused: one pass over the memory for all that an update does
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+    if in_blocks:
+        # With its updates scaled to be as large as AdamW's, one learning rate and one weight decay
+        # do for both (Liu et al. 2025, arXiv 2502.16982).
+        scale = {"adjust_lr_fn": "match_rms_adamw"}
+        muon = torch.optim.Muon(in_blocks, lr=learning_rate, weight_decay=weight_decay, **scale)
+        optimizers.append(muon)
+    return optimizers
 
 
 def learning_rate_at(step, max_iters, peak, warmup_iters):
@@ -608,7 +623,7 @@ class CtrlC:
 
 def train(
     model,
-    optimizer,
+    optimizers,
     train_tokens,
     val_tokens,
     on_evaluation,
@@ -662,15 +677,16 @@ def train(
             # one evaluates, nor on whether the run was resumed. (A million: up to so many steps, no
             # two runs of different seeds share one.)
             torch.manual_seed(seed * 1_000_000 + step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, max_iters, learning_rate, warmup_iters)
             x, y = get_batch(train_tokens, batch_size, model.block_size)
             with mixed_precision(device):
                 _, loss = model(x, y)
             loss.backward()  # d loss / d weight, for every weight
             nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
-            optimizer.step()  # every weight moves a little, so that the loss falls
-            optimizer.zero_grad()  # or the next gradients would be added to these
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate_at(step, max_iters, learning_rate, warmup_iters)
+                optimizer.step()  # every weight moves a little, so that the loss falls
+                optimizer.zero_grad()  # or the next gradients would be added to these
             step += 1
 
             if step % 10 == 0:  # not each time: a GPU has to finish its queue to show a loss
@@ -797,9 +813,9 @@ class Keeper:
         sample: called without arguments, returns a short sample to show.
     """
 
-    def __init__(self, model, optimizer, tokenizer, sample):
+    def __init__(self, model, optimizers, tokenizer, sample):
         self.model = model
-        self.optimizer = optimizer
+        self.optimizers = optimizers
         self.tokenizer = tokenizer
         self.sample = sample
         self.history = []  # an entry per evaluation: {"step": int, "train": nats, "val": nats}
@@ -825,8 +841,9 @@ class Keeper:
         try:
             self.model.load_state_dict(state["weights"])
             # The averages come from the file, the settings from the constants: they may be edited.
-            settings = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
+            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+                settings = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict(kept | {"param_groups": settings})
             self.history = state["history"]
             if not all(entry.keys() >= {"step", "train", "val"} for entry in self.history):
                 raise ValueError("its history lacks losses")
@@ -856,7 +873,7 @@ class Keeper:
             f"{NAME}.resume.pt",
             self.model,
             self.tokenizer,
-            optimizer=self.optimizer.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
             history=self.history,
         )
         draw_losses(f"{NAME}.png", self.history)
@@ -1013,18 +1030,18 @@ def main(argv=None):
 
         torch.manual_seed(SEED)
         model = LM(tokenizer.vocab_size, BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT).to(device)
-        optimizer = make_optimizer(model, LEARNING_RATE, BETAS, WEIGHT_DECAY)
+        optimizers = make_optimizers(model, LEARNING_RATE, BETAS, WEIGHT_DECAY)
         why = "the fastest device found" if flags.device == DEVICE else "as --device says"
         print_setup(model, train_tokens, val_tokens, BATCH_SIZE, flags.max_iters, why)
         keeper = Keeper(
             model,
-            optimizer,
+            optimizers,
             tokenizer,
             lambda: tokenizer.decode(generate(model, prompt_ids, 60, **sampling)),
         )
         results |= train(
             model,
-            optimizer,
+            optimizers,
             train_tokens,
             val_tokens,
             keeper,

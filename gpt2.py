@@ -865,8 +865,8 @@ def stream(model, tokenizer, prompt, max_new_tokens, **sampling):
 # ---------------------------------------------------------------------------------------------
 
 
-def make_optimizer(model, learning_rate, betas, weight_decay):
-    """Return AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), decaying the matrices only.
+def make_optimizers(model, learning_rate, betas, weight_decay):
+    """Return what moves the weights: AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101).
 
     Matrices (embeddings too) are what a model overfits with, so they are pulled towards zero. A
     bias, or the scale of a LayerNorm, hardly can, and a scale belongs near 1.
@@ -878,7 +878,7 @@ def make_optimizer(model, learning_rate, betas, weight_decay):
         {"params": vectors, "weight_decay": 0.0},
     ]
     # fused: one pass over the memory for all that an update does
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
 
 
 def learning_rate_at(step, max_iters, peak, warmup_iters):
@@ -918,7 +918,7 @@ class CtrlC:
 
 def train(
     model,
-    optimizer,
+    optimizers,
     train_tokens,
     val_tokens,
     on_evaluation,
@@ -992,8 +992,6 @@ def train(
             # one evaluates, nor on whether the run was resumed. (A million: up to so many steps, no
             # two runs of different seeds share one.)
             torch.manual_seed(seed * 1_000_000 + step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, max_iters, learning_rate, warmup_iters)
             x, y = get_batch(train_tokens, tokens_per_step // window, window)
             # All processes drew the same windows, and each takes its own; dropout differs again.
             x, y = x[rank::n_ranks].to(device), y[rank::n_ranks].to(device)
@@ -1009,8 +1007,11 @@ def train(
                     loss.backward()  # d loss / d weight, for every weight
                 mean_loss += loss.detach()
             nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
-            optimizer.step()  # every weight moves a little, so that the loss falls
-            optimizer.zero_grad()  # or the next gradients would be added to these
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate_at(step, max_iters, learning_rate, warmup_iters)
+                optimizer.step()  # every weight moves a little, so that the loss falls
+                optimizer.zero_grad()  # or the next gradients would be added to these
             step += 1
 
             if step % 10 == 0:  # not each time: a GPU has to finish its queue to show a loss
@@ -1287,9 +1288,9 @@ class Keeper:
         tokens_per_step: to count what was trained on.
     """
 
-    def __init__(self, model, optimizer, tokenizer, sample, tokens_per_step):
+    def __init__(self, model, optimizers, tokenizer, sample, tokens_per_step):
         self.model = model
-        self.optimizer = optimizer
+        self.optimizers = optimizers
         self.tokenizer = tokenizer
         self.sample = sample
         self.tokens_per_step = tokens_per_step
@@ -1316,8 +1317,9 @@ class Keeper:
         try:
             self.model.load_state_dict(state["weights"])
             # The averages come from the file, the settings from the constants: they may be edited.
-            settings = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
+            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+                settings = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict(kept | {"param_groups": settings})
             self.history = state["history"]
             if not all(entry.keys() >= {"step", "train", "val"} for entry in self.history):
                 raise ValueError("its history lacks losses")
@@ -1347,7 +1349,7 @@ class Keeper:
             f"{NAME}.resume.pt",
             self.model,
             self.tokenizer,
-            optimizer=self.optimizer.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
             history=self.history,
         )
         draw_losses(f"{NAME}.png", self.history)
@@ -1573,7 +1575,7 @@ def main(argv=None):
             train_tokens, val_tokens = tokens
             prompt_ids = tokenizer.encode(flags.prompt)  # a bad prompt is found before the training
             peak = SCRATCH_LEARNING_RATE if init == "scratch" else LEARNING_RATE
-            optimizer = make_optimizer(model, peak, BETAS, WEIGHT_DECAY)
+            optimizers = make_optimizers(model, peak, BETAS, WEIGHT_DECAY)
             why = "the fastest device found" if flags.device == DEVICE else "as --device says"
             print_setup(
                 model,
@@ -1593,14 +1595,14 @@ def main(argv=None):
                 print()
             keeper = Keeper(
                 model,
-                optimizer,
+                optimizers,
                 tokenizer,
                 lambda: tokenizer.decode(list(generate(model, prompt_ids, 60, **sampling))),
                 TOKENS_PER_STEP,
             )
             results |= train(
                 model,
-                optimizer,
+                optimizers,
                 train_tokens,
                 val_tokens,
                 keeper if rank == 0 else lambda step, losses: None,

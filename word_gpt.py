@@ -66,6 +66,7 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -88,7 +89,7 @@ DATA_SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
 TRAIN_SHARE = 0.8  # 80% of the reviews are for training, the rest is never trained on
 VAL_SHARE = 0.1  # 10% choose the best weights; what is left, 10%, is looked at once, at the end
 CLEANING = "spaced"  # "reference": cruder rules, that glue words together; see `clean`
-MIN_FREQ = 5 if ON_GPU else 50  # a rarer word is <unk>: lower knows more words, at more time a step
+MIN_FREQ = 5  # a rarer word is <unk>: lower knows more words, at more time a step
 
 # Model
 EXPERIMENT = "small"  # or "large": sets the four constants that name it below
@@ -96,13 +97,14 @@ BLOCK_SIZE = 64  # tokens of context: more informs better, and takes more time
 N_EMBED = 512 if EXPERIMENT == "large" else 256  # channels: more learn more; the time is quadratic
 N_LAYERS = 4 if EXPERIMENT == "large" else 2  # blocks, one after another: deeper, and slower
 N_HEADS = 8 if EXPERIMENT == "large" else 2  # heads per block: more see more, in fewer channels
+CUTOFFS = (2000, 10000)  # ids where groups of rare words begin; (): none, and 3 times the time
 DROPOUT = 0.1 if ON_GPU else 0.0  # share of activations zeroed in training: more delays overfitting
 
 # Optimisation
 BATCH_SIZE = 128 if ON_GPU else 32  # windows per step: more is a smoother, costlier gradient
 MAX_ITERS = 10000 if ON_GPU else 1500  # steps: more learns more, until it learns the text by heart
 SCHEDULE = "constant" if EXPERIMENT == "large" else "one-cycle"  # see `learning_rate_at`
-LEARNING_RATE = 1e-3 if ON_GPU else 4e-3  # the peak; too high diverges, too low learns slowly
+LEARNING_RATE = 1e-3 if ON_GPU else 5e-3  # the peak; too high diverges, too low learns slowly
 WARMUP_ITERS = 100  # steps to reach the peak: Adam's first averages are too noisy for full steps
 BETAS = (0.9, 0.99)  # memory of AdamW's averages of gradients and of their squares (10, 100 steps)
 WEIGHT_DECAY = 0.1  # pull of matrices to zero: more generalises, fits less
@@ -526,9 +528,10 @@ class LM(nn.Module):
         block_size: the longest context, in tokens.
         n_embed: C, channels. n_heads: H, heads per block. n_layers: blocks.
         dropout: share of activations zeroed in training, 0 to 1.
+        cutoffs: ids, rising, at each of which a group of rarer words begins; see `score`.
     """
 
-    def __init__(self, vocab_size, block_size, n_embed, n_heads, n_layers, dropout):
+    def __init__(self, vocab_size, block_size, n_embed, n_heads, n_layers, dropout, cutoffs=()):
         super().__init__()
         self.sizes = {
             "vocab_size": vocab_size,
@@ -537,43 +540,110 @@ class LM(nn.Module):
             "n_heads": n_heads,
             "n_layers": n_layers,
             "dropout": dropout,
+            "cutoffs": cutoffs,
         }
         self.block_size = block_size
         self.token_embedding = nn.Embedding(vocab_size, n_embed)
         self.position_embedding = nn.Embedding(block_size, n_embed)
+        # Most words are rare, and move little in training: theirs should begin near nothing, and
+        # not as the long, random vectors of PyTorch's own start.
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.Sequential(*(Block(n_embed, n_heads, dropout) for _ in range(n_layers)))
         self.final_norm = nn.LayerNorm(n_embed)
-        self.lm_head = nn.Linear(n_embed, vocab_size)
+        # One output a word, and in front of them one for each group of rare words; see `score`.
+        self.cutoffs = [cutoff for cutoff in cutoffs if cutoff < vocab_size]
+        groups = [end - begin for begin, end in pairwise([*self.cutoffs, vocab_size])]
+        self.parts = [len(groups) + vocab_size - sum(groups), *groups]  # how many outputs each has
+        self.lm_head = nn.Linear(n_embed, sum(self.parts))
         # Small logits are nearly equal odds for all tokens: the loss begins at ln V, like that of a
         # model that knows nothing. PyTorch's own, larger start has convictions, and they are wrong.
         nn.init.normal_(self.lm_head.weight, std=0.02)
         nn.init.zeros_(self.lm_head.bias)
+        for group, size in enumerate(groups):
+            nn.init.constant_(self.lm_head.bias[group], math.log(size))  # as likely as its words
 
-    def forward(self, idx, targets=None):
-        """Predict the next token at every position, and say how wrong that was.
-
-        Args:
-            idx: (B, T) token ids, int64, T at most `block_size`.
-            targets: (B, T) the tokens that really came next, `<pad>` where none came, or None.
-
-        Returns:
-            logits (B, T, V), float32, and the loss: the mean of -ln(probability given to the
-            target), in nats (the unit of the natural logarithm) per token; None without targets.
-        """
+    def hidden(self, idx):
+        """Return what the blocks make of idx (B, T): (B, T, C), ready for `lm_head`."""
         T = idx.shape[1]
         # Attention by itself sees a set, not a sequence: where a token stands has to be told. Both
         # are looked up in tables and added: (B, T, C) + (T, C) -> (B, T, C)
         positions = torch.arange(T, device=idx.device)
         x = self.token_embedding(idx) + self.position_embedding(positions)
         x = self.blocks(self.dropout(x))
-        # (B, T, C) @ (C, V) -> (B, T, V); float32, since bfloat16 is too coarse for the loss
-        logits = self.lm_head(self.final_norm(x)).float()
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=Tokenizer.pad
-        )
+        return self.final_norm(x)
+
+    def score(self, idx, targets, with_best=True):
+        """Say how likely the targets were, and compute little that no target asks for.
+
+        Logits for 39,000 words are nearly all the work of a step, and most of them are for words
+        that hardly ever come. So a word is chosen in two steps (adaptive softmax, Grave et al.
+        2016, arXiv 1609.04309): a common word or a group of rare ones, and then, in that case only,
+        a word of the group. Over all words it still sums to 1:
+
+            P(rare word) = P(its group) P(the word, given its group)
+
+        Args:
+            idx, targets: see `forward`.
+            with_best: also find out which token is the likeliest, at some more work.
+
+        Returns:
+            for each of the N targets that are not `<pad>`, in reading order: its loss,
+            -ln(probability), (N,) float32, and whether no other token was likelier, (N,) bool, or
+            None without `with_best`.
+        """
+        real = targets != Tokenizer.pad
+        x, targets = self.hidden(idx)[real], targets[real]  # (N, C), (N,)
+        weights = self.lm_head.weight.split(self.parts)  # (outputs of the part, C) each
+        biases = self.lm_head.bias.split(self.parts)
+        group_of = torch.zeros_like(targets)  # 0: a common word
+        for cutoff in self.cutoffs:
+            group_of += targets >= cutoff
+        # The groups, then the common words: (N, C) @ (C, parts[0]) -> (N, parts[0]), in float32,
+        # since bfloat16 is too coarse for the loss
+        first = F.log_softmax(F.linear(x, weights[0], biases[0]).float(), dim=-1)
+        n_groups = len(self.cutoffs)
+        chosen = torch.where(group_of == 0, targets + n_groups, group_of - 1)
+        losses = F.nll_loss(first, chosen, reduction="none")
+        best = first[:, n_groups:].detach().amax(-1)  # ln(probability) of the likeliest token
+        for group, cutoff in enumerate(self.cutoffs):
+            inside = group_of == group + 1
+            # A group that is likelier than any word so far may hold a word that is so, too.
+            looked_at = inside | (first[:, group] > best) if with_best else inside
+            rows = looked_at.nonzero().flatten()  # M of the N
+            second = F.linear(x[rows], weights[group + 1], biases[group + 1])
+            second = F.log_softmax(second.float(), dim=-1)  # (M, size of the group)
+            place = torch.where(inside, targets - cutoff, 0)[rows, None]  # in the group
+            losses = losses.index_add(0, rows, -second.gather(1, place)[:, 0] * inside[rows])
+            likeliest = (first[rows, group] + second.amax(-1)).detach()
+            best[rows] = best[rows].maximum(likeliest)
+        return losses, -losses.detach() >= best if with_best else None
+
+    def forward(self, idx, targets=None):
+        """Predict the next token at every position, or say how wrong that was.
+
+        Args:
+            idx: (B, T) token ids, int64, T at most `block_size`.
+            targets: (B, T) the tokens that really came next, `<pad>` where none came, or None.
+
+        Returns:
+            Without targets, logits (B, T, V), float32, and None; these logits are ln(probability)
+            as they are. With targets, None and the loss: the mean of -ln(probability given to the
+            target), in nats (the unit of the natural logarithm) per token. No logits then: they
+            would be the largest tensor of a step.
+        """
+        if targets is not None:
+            losses, _ = self.score(idx, targets, with_best=False)
+            return None, losses.mean()
+        # (B, T, C) @ (C, groups + V) -> (B, T, groups + V), in parts; then all words: (B, T, V)
+        first, *rest = self.lm_head(self.hidden(idx)).float().split(self.parts, dim=-1)
+        first = F.log_softmax(first, dim=-1)
+        groups, common = first.tensor_split([len(rest)], dim=-1)
+        rest = [
+            groups[..., [group]] + F.log_softmax(part, dim=-1) for group, part in enumerate(rest)
+        ]
+        return torch.cat([common, *rest], dim=-1), None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -693,13 +763,13 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     with evaluation(model):
         for some in starts.split(batch_size):
             x, y = cut_windows(tokens, some.to(tokens.device), T)
-            logits, loss = model(x, y)
-            real, unknown = y != Tokenizer.pad, y == Tokenizer.unk
-            total += loss.item() * real.sum().item()
-            unknown_total += F.cross_entropy(logits[unknown], y[unknown], reduction="sum").item()
-            n_targets += real.sum().item()
+            losses, correct = model.score(x, y)  # of the real targets: padding counts for nothing
+            unknown = y[y != Tokenizer.pad] == Tokenizer.unk
+            total += losses.sum().item()
+            unknown_total += losses[unknown].sum().item()
+            n_targets += len(losses)
             n_unknown += unknown.sum().item()
-            n_correct += (logits.argmax(-1) == y)[real].sum().item()
+            n_correct += correct.sum().item()
     return {
         "loss": total / n_targets,
         "accuracy": n_correct / n_targets,
@@ -880,20 +950,35 @@ def attention_weights(model, ids):
 # ---------------------------------------------------------------------------------------------
 
 
-def make_optimizer(model, learning_rate, betas, weight_decay):
-    """Return AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), decaying the matrices only.
+def make_optimizers(model, learning_rate, betas, weight_decay):
+    """Return what moves the weights: Muon for the matrices of the blocks, AdamW for all else.
+
+    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) moves every weight by itself, each about as
+    far. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) looks at a matrix as a whole:
+    it makes the update move as far in every direction, not only along the few in which the
+    gradients of most steps point. It is made for matrices between layers, and computes in bfloat16;
+    where the hardware lacks that, AdamW does all.
 
     Matrices (embeddings too) are what a model overfits with, so they are pulled towards zero. A
     bias, or the scale of a LayerNorm, hardly can, and a scale belongs near 1.
     """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    in_blocks = [p for p in model.blocks.parameters() if p.dim() >= 2]
+    if not has_bfloat16(model.lm_head.weight.device):
+        in_blocks = []
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in in_blocks)]
     groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     # fused: one pass over the memory for all that an update does
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+    if in_blocks:
+        # With its updates scaled to be as large as AdamW's, one learning rate and one weight decay
+        # do for both (Liu et al. 2025, arXiv 2502.16982).
+        scale = {"adjust_lr_fn": "match_rms_adamw"}
+        muon = torch.optim.Muon(in_blocks, lr=learning_rate, weight_decay=weight_decay, **scale)
+        optimizers.append(muon)
+    return optimizers
 
 
 def learning_rate_at(step, max_iters, peak, warmup_iters, schedule):
@@ -942,7 +1027,7 @@ class CtrlC:
 
 def train(
     model,
-    optimizer,
+    optimizers,
     train_tokens,
     val_tokens,
     on_evaluation,
@@ -997,17 +1082,18 @@ def train(
             # one evaluates, nor on whether the run was resumed. (A million: up to so many steps, no
             # two runs of different seeds share one.)
             torch.manual_seed(seed * 1_000_000 + step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(
-                    step, max_iters, learning_rate, warmup_iters, schedule
-                )
             x, y = get_batch(train_tokens, batch_size, model.block_size)
             with mixed_precision(device):
                 _, loss = model(x, y)
             loss.backward()  # d loss / d weight, for every weight
             nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
-            optimizer.step()  # every weight moves a little, so that the loss falls
-            optimizer.zero_grad()  # or the next gradients would be added to these
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate_at(
+                        step, max_iters, learning_rate, warmup_iters, schedule
+                    )
+                optimizer.step()  # every weight moves a little, so that the loss falls
+                optimizer.zero_grad()  # or the next gradients would be added to these
             step += 1
 
             if step % 10 == 0:  # not each time: a GPU has to finish its queue to show a loss
@@ -1134,9 +1220,9 @@ class Keeper:
         sample: called without arguments, returns a short sample to show.
     """
 
-    def __init__(self, model, optimizer, tokenizer, sample):
+    def __init__(self, model, optimizers, tokenizer, sample):
         self.model = model
-        self.optimizer = optimizer
+        self.optimizers = optimizers
         self.tokenizer = tokenizer
         self.sample = sample
         self.history = []  # an entry per evaluation: {"step", "train", "val"}, see `train`
@@ -1162,8 +1248,9 @@ class Keeper:
         try:
             self.model.load_state_dict(state["weights"])
             # The averages come from the file, the settings from the constants: they may be edited.
-            settings = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
+            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+                settings = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict(kept | {"param_groups": settings})
             self.history = state["history"]
             if not all(entry.keys() >= {"step", "train", "val"} for entry in self.history):
                 raise ValueError("its history lacks losses")
@@ -1198,7 +1285,7 @@ class Keeper:
             f"{NAME}.resume.pt",
             self.model,
             self.tokenizer,
-            optimizer=self.optimizer.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
             history=self.history,
         )
         draw_losses(f"{NAME}.png", self.history)
@@ -1421,19 +1508,20 @@ def main(argv=None):
         )
 
         torch.manual_seed(SEED)
-        model = LM(tokenizer.vocab_size, BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT).to(device)
-        optimizer = make_optimizer(model, LEARNING_RATE, BETAS, WEIGHT_DECAY)
+        sizes = (BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT, CUTOFFS)
+        model = LM(tokenizer.vocab_size, *sizes).to(device)
+        optimizers = make_optimizers(model, LEARNING_RATE, BETAS, WEIGHT_DECAY)
         why = "the fastest device found" if flags.device == DEVICE else "as --device says"
         print_setup(model, train_tokens, val_tokens, BATCH_SIZE, flags.max_iters, why)
         keeper = Keeper(
             model,
-            optimizer,
+            optimizers,
             tokenizer,
             lambda: tokenizer.decode(generate(model, prompt_ids, 20, **sampling)),
         )
         results |= train(
             model,
-            optimizer,
+            optimizers,
             train_tokens,
             val_tokens,
             keeper,

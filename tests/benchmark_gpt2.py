@@ -385,7 +385,7 @@ def gpu(steps=10, batch_size=16):
     device = torch.device("cuda")
     model = gpt2.LM(**SIZES).to(device)
     compiled = torch.compile(model)
-    optimizer = gpt2.make_optimizer(model, 6e-4, (0.9, 0.95), 0.1)
+    (optimizer,) = gpt2.make_optimizers(model, 6e-4, (0.9, 0.95), 0.1)
     x, y = torch.randint(50257, (2, batch_size, gpt2.BLOCK_SIZE), device=device)
 
     def update():

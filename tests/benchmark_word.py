@@ -42,7 +42,7 @@ def steps(plain):
         word_gpt.keep_freed_memory()
     torch.manual_seed(0)
     model = word_gpt.LM(V, T, C, H, L, dropout=0.0)
-    optimizer = word_gpt.make_optimizer(model, 1e-3, (0.9, 0.99), 0.1)
+    optimizers = word_gpt.make_optimizers(model, 1e-3, (0.9, 0.99), 0.1)
     x, y = torch.randint(3, V, (2, B, T))
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -51,8 +51,9 @@ def steps(plain):
                 _, loss = model(x, y)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
         print((time.perf_counter() - start) / STEPS, flush=True)
 
 

@@ -427,12 +427,23 @@ def test_learning_rate_schedule(gpt):
     assert gpt.learning_rate_at(9, 100, 0.01, 100) == pytest.approx(0.01 * 0.91)  # a short run
 
 
-def test_only_matrices_decay(gpt, model):
-    optimizer = gpt.make_optimizer(model, 1e-3, (0.9, 0.99), 0.1)
-    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_only_matrices_decay(gpt, model, monkeypatch, bfloat16):
+    monkeypatch.setattr(gpt, "has_bfloat16", lambda device: bfloat16)
+    optimizers = gpt.make_optimizers(model, 1e-3, (0.9, 0.99), 0.1)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == (parameter.dim() == 2), name
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    by_muon = [p for group in optimizers[-1].param_groups for p in group["params"]]
+    if bfloat16:
+        assert [type(optimizer).__name__ for optimizer in optimizers] == ["AdamW", "Muon"]
+        assert {id(p) for p in by_muon} == {
+            id(p) for name, p in model.named_parameters() if "blocks" in name and p.dim() == 2
+        }
+    else:
+        assert [type(optimizer).__name__ for optimizer in optimizers] == ["AdamW"]
 
 
 def write_excerpt(folder):
@@ -535,7 +546,9 @@ def test_the_best_weights_are_kept_not_the_last(gpt, monkeypatch, tmp_path):
     assert results["val_loss"] == pytest.approx(best["val"], abs=1e-5)
 
 
-def test_resumed_run_equals_unbroken_run(gpt, monkeypatch, tmp_path):
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_resumed_run_equals_unbroken_run(gpt, monkeypatch, tmp_path, bfloat16):
+    monkeypatch.setattr(gpt, "has_bfloat16", lambda device: bfloat16)
     _, unbroken = run_main(gpt, monkeypatch, tmp_path / "a", DROPOUT=0.2)
     steps = itertools.count()
     get_batch = gpt.get_batch
@@ -580,18 +593,21 @@ def test_every_constant_of_training_reaches_it(gpt, monkeypatch, tmp_path, edit)
 
 def test_the_learning_rate_of_each_step_is_that_of_the_schedule(gpt, monkeypatch, tmp_path):
     used = []
-    make_optimizer = gpt.make_optimizer
+    make_optimizers = gpt.make_optimizers
 
     def watched(*arguments):
-        optimizer = make_optimizer(*arguments)
-        optimizer.register_step_pre_hook(
-            lambda optimizer, *_: used.append([group["lr"] for group in optimizer.param_groups])
-        )
-        return optimizer
+        optimizers = make_optimizers(*arguments)
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(
+                lambda optimizer, *_: used.extend(group["lr"] for group in optimizer.param_groups)
+            )
+        return optimizers
 
-    monkeypatch.setattr(gpt, "make_optimizer", watched)
+    monkeypatch.setattr(gpt, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(gpt, "make_optimizers", watched)
     run_main(gpt, monkeypatch, tmp_path, MAX_ITERS=30, LEARNING_RATE=0.01, WARMUP_ITERS=2)
-    assert used == [[gpt.learning_rate_at(step, 30, 0.01, 2)] * 2 for step in range(30)]
+    # AdamW has two groups, Muon one.
+    assert used == [gpt.learning_rate_at(step, 30, 0.01, 2) for step in range(30) for _ in range(3)]
 
 
 def test_a_run_can_be_resumed_for_longer(gpt, monkeypatch, tmp_path):
@@ -606,9 +622,9 @@ def test_it_memorises_a_short_text(gpt):
     tokens = torch.tensor(tokenizer.encode(text))
     torch.manual_seed(0)
     model = gpt.LM(tokenizer.vocab_size, 16, 32, 2, 2, 0.0)
-    optimizer = gpt.make_optimizer(model, 1e-2, (0.9, 0.99), 0.0)
+    optimizers = gpt.make_optimizers(model, 1e-2, (0.9, 0.99), 0.0)
     gpt.train(
-        model, optimizer, tokens, tokens, lambda step, losses: None, first_step=0, max_iters=200,
+        model, optimizers, tokens, tokens, lambda step, losses: None, first_step=0, max_iters=200,
         batch_size=16, learning_rate=1e-2, warmup_iters=10, gradient_clip=1.0, eval_interval=200,
         eval_iters=9, seed=0,
     )  # fmt: skip

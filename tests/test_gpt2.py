@@ -766,7 +766,7 @@ def trained(gpt, **changes):
     """Train a small model without dropout for 3 steps; return its weights."""
     torch.manual_seed(0)
     model = gpt.LM(**SIZES)
-    optimizer = gpt.make_optimizer(model, 1e-2, (0.9, 0.95), 0.1)
+    optimizers = gpt.make_optimizers(model, 1e-2, (0.9, 0.95), 0.1)
     tokens = torch.randint(260, (2000,), generator=torch.Generator().manual_seed(0))
     options = {
         "first_step": 0, "max_iters": 3, "window": 16, "batch_size": 8, "tokens_per_step": 128,
@@ -774,7 +774,7 @@ def trained(gpt, **changes):
         "eval_iters": 1, "seed": 1,
     }  # fmt: skip
     gpt.train(
-        model, optimizer, tokens[:1800].to(torch.uint16), tokens[1800:].to(torch.uint16),
+        model, optimizers, tokens[:1800].to(torch.uint16), tokens[1800:].to(torch.uint16),
         lambda step, losses: None, **options | changes,
     )  # fmt: skip
     return named(model.named_parameters())

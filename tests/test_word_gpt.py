@@ -371,8 +371,9 @@ def test_windows_are_of_single_reviews(gpt, reviews):
     assert seen == set(places)
 
 
-def test_padding_changes_nothing(gpt, model):
+def test_padding_changes_nothing(gpt, either_model):
     """Reviews of 2 to 8 tokens in one batch, against each of them alone, without padding."""
+    model = either_model
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -382,12 +383,12 @@ def test_padding_changes_nothing(gpt, model):
     padded = torch.tensor([text + [gpt.Tokenizer.pad] * (9 - len(text)) for text in texts])
     x, y = padded[:, :-1], padded[:, 1:]
 
-    logits, loss = model(x, y)
+    logits, loss = model(x)[0], model(x, y)[1]
     loss.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     alone = [(torch.tensor([text[:-1]]), torch.tensor([text[1:]])) for text in texts]
-    results = [model(*pair) for pair in alone]
+    results = [(model(x)[0], model(x, y)[1]) for x, y in alone]
     n = sum(len(text) - 1 for text in texts)
     expected = sum(result[1] * pair[1].numel() for result, pair in zip(results, alone, strict=True))
     (expected / n).backward()
@@ -403,7 +404,65 @@ def test_padding_changes_nothing(gpt, model):
     torch.testing.assert_close(loss, F.cross_entropy(logits[real], y[real]))
 
 
-def test_estimate_loss_counts_each_target_once(gpt, model, tokens):
+def test_two_steps_to_a_word_against_torch(gpt):
+    """Losses, hits, all probabilities and gradients as `nn.AdaptiveLogSoftmaxWithLoss` has them."""
+    ours = gpt.LM(50, 8, 16, n_heads=2, n_layers=1, dropout=0.0, cutoffs=(20, 35, 99))
+    nn.init.normal_(ours.lm_head.weight)
+    nn.init.zeros_(ours.lm_head.bias)
+    nn.init.constant_(ours.lm_head.bias[:2], 6.0)  # the groups, so that rare words come out likely
+    torchs = nn.AdaptiveLogSoftmaxWithLoss(16, 50, [20, 35], div_value=1.0, head_bias=True)
+    weights = ours.lm_head.weight.detach()
+    with torch.no_grad():  # torch has the groups behind the words, and projects before a group
+        torchs.head.weight.copy_(torch.cat([weights[2:22], weights[:2]]))
+        torchs.head.bias.zero_()
+        torchs.head.bias[-2:] = 6.0
+        for (projection, words), begin in zip(torchs.tail, (22, 37), strict=True):
+            projection.weight.copy_(torch.eye(16))
+            words.weight.copy_(weights[begin : begin + 15])
+    x, y = torch.randint(3, 50, (16, 8)), torch.randint(0, 50, (16, 8))
+    y[0, :2], y[1, :3] = torch.tensor([35, 49]), torch.tensor([19, 20, 34])
+    real = y != gpt.Tokenizer.pad
+    losses, correct = ours.score(x, y)
+    hidden = ours.hidden(x)[real]
+    expected = torchs(hidden, y[real])
+    torch.testing.assert_close(losses, -expected.output)
+    loss = ours(x, y)[1]
+    torch.testing.assert_close(loss, expected.loss)
+    loss.backward()
+    expected.loss.backward()
+    gradients = ours.lm_head.weight.grad.split([2, 20, 15, 15])
+    torch.testing.assert_close(torch.cat([gradients[1], gradients[0]]), torchs.head.weight.grad)
+    for gradient, (_, words) in zip(gradients[2:], torchs.tail, strict=True):
+        torch.testing.assert_close(gradient, words.weight.grad)
+    logits = ours(x)[0][real]
+    torch.testing.assert_close(logits, torchs.log_prob(hidden))
+    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(len(logits)))
+    likeliest = torchs.predict(hidden)
+    y[real] = torch.where((torch.rand(len(logits)) < 0.5) & (likeliest > 0), likeliest, y[real])
+    _, correct = ours.score(x, y)
+    assert torch.equal(correct, likeliest == y[real])
+    assert (y[real][correct] >= 20).any()  # rare words were the likeliest, too
+    assert not correct.all()
+
+
+def test_groups_begin_with_equal_odds_for_all_words(gpt):
+    logits, _ = gpt.LM(50, 8, 16, 2, 1, 0.0, (20, 35))(torch.randint(50, (4, 8)))
+    assert logits.shape == (4, 8, 50)
+    torch.testing.assert_close(logits, torch.full_like(logits, -math.log(50)), atol=0.4, rtol=0)
+    assert gpt.LM(20, 8, 16, 2, 1, 0.0, (20, 35)).lm_head.out_features == 20  # no rare words
+
+
+@pytest.fixture(params=[(), (5, 8)], ids=["no groups", "groups"])
+def either_model(gpt, request):
+    """A small model that has left its initial symmetry, in eval mode; with and without groups."""
+    model = gpt.LM(11, 8, 16, n_heads=4, n_layers=2, dropout=0.5, cutoffs=request.param)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def test_estimate_loss_counts_each_target_once(gpt, either_model, tokens):
+    model = either_model
     total = known = right = n = n_known = 0
     for review in split_reviews(gpt, tokens):
         for i in range(1, len(review)):
@@ -438,10 +497,10 @@ class Constant(nn.Module):
         self.lm_head = nn.Linear(1, 1)
         self.logits = torch.tensor(odds).log()
 
-    def forward(self, idx, targets=None):
-        """Logits (B, T, V) and loss, as `LM` returns them."""
-        logits = self.logits.expand(*idx.shape, -1)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=0)
+    def score(self, idx, targets):
+        """Losses and hits of the targets that are not padding, as `LM` returns them."""
+        targets = targets[targets != 0]
+        return -self.logits[targets], targets == self.logits.argmax()
 
 
 def test_metrics_by_hand(gpt):
@@ -478,10 +537,11 @@ def favour(model, **odds):
     nn.init.zeros_(model.lm_head.weight)
     nn.init.zeros_(model.lm_head.bias)
     for token, value in odds.items():
-        model.lm_head.bias.data[int(token[1:])] = value
+        model.lm_head.bias.data[len(model.cutoffs) + int(token[1:])] = value
 
 
-def test_generation_never_draws_what_is_no_word(gpt, model):
+def test_generation_never_draws_what_is_no_word(gpt, either_model):
+    model = either_model
     favour(model, t0=9.0, t1=9.0, t2=-99.0, t4=8.0)
     drawn = list(gpt.generate(model, [3], 300))
     assert len(drawn) == 300
@@ -489,7 +549,8 @@ def test_generation_never_draws_what_is_no_word(gpt, model):
     assert list(gpt.generate(model, [3], 5, temperature=0)) == [4] * 5
 
 
-def test_generation_stops_at_eos(gpt, model):
+def test_generation_stops_at_eos(gpt, either_model):
+    model = either_model
     favour(model, t2=99.0)
     assert list(gpt.generate(model, [3], 300)) == []
     favour(model, t2=2.0)
@@ -506,7 +567,8 @@ def test_empty_prompt(gpt, model):
         gpt.beam_search(model, [3], 5, 0)
 
 
-def test_beam_search_of_width_one_is_greedy(gpt, model):
+def test_beam_search_of_width_one_is_greedy(gpt, either_model):
+    model = either_model
     ended = 0
     for seed in range(12):
         torch.manual_seed(seed)
