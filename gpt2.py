@@ -38,6 +38,7 @@ What differs from `char_gpt.py`, and why (what `word_gpt.py` adds for reviews is
   50,257 columns of logits are the largest tensor of a step.
 - generate: keys and values are kept, so that a token costs one position, not the whole text; on a
   CPU the weights are packed in 16 bits, since reading them is what takes the time.
+- make_optimizers: AdamW alone, which the published settings of this size are meant for.
 - learning_rate_at, train: a cosine; several batches per step, and several processes.
 - download, load_pretrained, load_checkpoint, save_checkpoint: OpenAI's weights go on arriving where
   they broke off, are checked, and read without running anything; tied weights are one tensor.

@@ -26,7 +26,9 @@ What differs from char_gpt.py, and why:
 - Tokenizer: words. There is no end of them, so the rare ones share the token <unk>.
 - read_archive ... load_corpus: many documents from an archive, cleaned, dealt out, and cached.
 - get_batch: a window belongs to one review; where it is too short, <pad> fills the window.
-- LM.forward: the loss leaves padding out. (Nothing else of the model differs.)
+- LM: a word is chosen in two steps, since 37,000 logits for each position would be nearly all of
+  the work (`score`); padding is left out of the loss; the embeddings of words begin near zero.
+  (Head, MultiHead, FeedForward and Block are the same.)
 - estimate_loss: accuracy, and the loss without <unk>, which flatters it; both leave padding out.
 - generate: stops at <eos>, the end of a review, and never draws <unk> or <pad>.
 - beam_search, attention_weights: new.

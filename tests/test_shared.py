@@ -53,7 +53,7 @@ SIZE = {
     "estimate_loss": "text on the disk, in 16 bits",
     "generate": "a cache of keys and values; weights packed for one token at a time",
     "stream": "a token can end within a character",
-    "make_optimizers": "AdamW alone: Muon would take longer than the rest of a step",
+    "make_optimizers": "AdamW alone, which the published settings are meant for",
     "learning_rate_at": "down along a cosine, to a tenth of the peak",
     "train": "gradients accumulated over batches and processes; torch.compile on CUDA",
     "Keeper": "one process of several keeps",
