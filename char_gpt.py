@@ -1,7 +1,7 @@
 """A GPT in one file, character by character: it reads Shakespeare and learns to write more of it.
 
-Nothing is hidden in a library or a second file: data, tokenizer, attention, training, sampling.
-Read it from top to bottom; every line that is not obvious says why it is there.
+Nothing of the model is hidden in a library or a second file, nor is its data or its training. Read
+it from top to bottom; every line that is not obvious says why it is there.
 
     python char_gpt.py                                  train, then continue PROMPT
     python char_gpt.py --max-iters 500                  less training, a quarter of the time
@@ -96,7 +96,7 @@ DROPOUT = 0.2 if ON_GPU else 0.0  # share of activations zeroed in training: mor
 BATCH_SIZE = 64 if ON_GPU else 32  # windows per step: more is a smoother, costlier gradient
 MAX_ITERS = 2200  # steps: more learns more, until it learns the text by heart
 LEARNING_RATE = 1e-3 if ON_GPU else 6e-3  # the peak; too high diverges, too low learns slowly
-WARMUP_ITERS = 100  # steps to reach the peak: Adam's first averages are too noisy for full steps
+WARMUP_ITERS = 100  # steps to reach the peak: the optimizer's first averages are noisy
 BETAS = (0.9, 0.99)  # memory of AdamW's averages of gradients and of their squares (10, 100 steps)
 WEIGHT_DECAY = 0.1 if ON_GPU else 0.5  # pull of matrices to zero: more generalises, fits less
 GRADIENT_CLIP = 1.0  # longer gradients are cut to it: one bad batch cannot throw the model far
@@ -559,11 +559,13 @@ def stream(model, tokenizer, prompt, max_new_tokens, temperature, top_k, top_p):
 def make_optimizers(model, learning_rate, betas, weight_decay):
     """Return what moves the weights: Muon for the matrices of the blocks, AdamW for all else.
 
-    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) moves every weight by itself, each about as
-    far. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) looks at a matrix as a whole:
-    it makes the update move as far in every direction, not only along the few in which the
-    gradients of most steps point. It is made for matrices between layers, and computes in bfloat16;
-    where the hardware lacks that, AdamW does all.
+    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) moves every weight by itself, and about as
+    far, however large its gradient. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
+    looks at a matrix as a whole. The gradients of most steps point along a few directions only;
+    Muon moves about as far along each: in terms of linear algebra, their average is U S Vᵀ, and it
+    moves along U Vᵀ. It is for matrices that turn one vector into another; the rows of an embedding
+    have little to do with each other. It computes in bfloat16; where the hardware lacks that, AdamW
+    does all.
 
     Matrices (embeddings too) are what a model overfits with, so they are pulled towards zero. A
     bias, or the scale of a LayerNorm, hardly can, and a scale belongs near 1.
@@ -579,10 +581,14 @@ def make_optimizers(model, learning_rate, betas, weight_decay):
     # fused: one pass over the memory for all that an update does
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
     if in_blocks:
-        # With its updates scaled to be as large as AdamW's, one learning rate and one weight decay
-        # do for both (Liu et al. 2025, arXiv 2502.16982).
-        scale = {"adjust_lr_fn": "match_rms_adamw"}
-        muon = torch.optim.Muon(in_blocks, lr=learning_rate, weight_decay=weight_decay, **scale)
+        # Scaled to move as far as AdamW, it needs no learning rate and no weight decay of its own
+        # (Liu et al. 2025, arXiv 2502.16982). Its momentum, 0.95, is PyTorch's.
+        muon = torch.optim.Muon(
+            in_blocks,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
         optimizers.append(muon)
     return optimizers
 
@@ -821,29 +827,34 @@ class Keeper:
         self.history = []  # an entry per evaluation: {"step": int, "train": nats, "val": nats}
         self.start = time.perf_counter()
 
+    def optimizer_names(self):
+        """Return the kinds of the optimizers, which depend on the hardware."""
+        return [type(optimizer).__name__ for optimizer in self.optimizers]
+
     def resume(self):
         """Bring back the state of NAME.resume.pt, and return how many steps had been done.
 
         Raises:
-            UserError: it is missing or damaged, or has other sizes or another vocabulary.
+            UserError: it is missing or damaged, or has other sizes, words or optimizers.
         """
         path = f"{NAME}.resume.pt"
         state = read_checkpoint(path)
         for what, kept, now in (
             ("sizes", state.get("sizes"), self.model.sizes),
             ("vocabulary", state.get("vocabulary"), self.tokenizer.vocabulary),
+            ("optimizers", state.get("optimizer_names"), self.optimizer_names()),
         ):
             if kept != now:
                 raise UserError(
                     f"{path} has {what} {kept!r:.150}, this run has {now!r:.150}: edit the "
-                    "constants, or --data, to be the same"
+                    "constants, --data or --device, to be the same"
                 )
         try:
             self.model.load_state_dict(state["weights"])
             # The averages come from the file, the settings from the constants: they may be edited.
-            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 settings = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict(kept | {"param_groups": settings})
+                optimizer.load_state_dict(saved | {"param_groups": settings})
             self.history = state["history"]
             if not all(entry.keys() >= {"step", "train", "val"} for entry in self.history):
                 raise ValueError("its history lacks losses")
@@ -874,6 +885,7 @@ class Keeper:
             self.model,
             self.tokenizer,
             optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+            optimizer_names=self.optimizer_names(),
             history=self.history,
         )
         draw_losses(f"{NAME}.png", self.history)
@@ -992,7 +1004,7 @@ def print_setup(model, train_tokens, val_tokens, batch_size, max_iters, why):
     """Say what the run works with; `why` says why on this device."""
     device = train_tokens.device
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    native = "bfloat16 autocast" if has_bfloat16(device) else "float32 (no bfloat16 in hardware)"
+    native = "bfloat16 autocast" if has_bfloat16(device) else "float32, AdamW alone (no bfloat16)"
     tokens = batch_size * model.block_size
     print(f"device     {device}{threads}, {native}; {why}")
     print(f"model      {count_parameters(model):,} parameters: {model.sizes}")

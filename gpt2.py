@@ -122,7 +122,7 @@ TOKENS_PER_STEP = 32_768 if ON_GPU else 1024  # per update: more is a smoother, 
 MAX_ITERS = 100  # steps: more learns more, until it learns the text by heart
 LEARNING_RATE = 5e-5  # the peak from OpenAI's weights; too high forgets, too low learns slowly
 SCRATCH_LEARNING_RATE = 6e-4  # the peak from scratch: Brown et al. 2020, table 2.1, for this size
-WARMUP_ITERS = 10  # steps to reach the peak: Adam's first averages are too noisy for full steps
+WARMUP_ITERS = 10  # steps to reach the peak: the optimizer's first averages are noisy
 BETAS = (0.9, 0.95)  # memory of AdamW's averages of gradients and of their squares (10, 20 steps)
 WEIGHT_DECAY = 0.1  # pull of matrices to zero: more generalises, fits less
 GRADIENT_CLIP = 1.0  # longer gradients are cut to it: one bad batch cannot throw the model far
@@ -554,7 +554,7 @@ class LM(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, idx, targets=None, caches=None):
-        """Predict the next token at every position, and say how wrong that was.
+        """Predict the next token at every position, or say how wrong that was.
 
         Args:
             idx: (B, T) token ids, int64, T at most `block_size`.
@@ -566,7 +566,7 @@ class LM(nn.Module):
             Without targets, logits (B, T, V), float32, and None; with caches only the last
             position's, (B, 1, V). With targets, None and the loss: the mean of -ln(probability
             given to the target), in nats (the unit of the natural logarithm) per token. No logits
-            then: they are the largest tensor of a step.
+            then: they would be the largest tensor of a step.
         """
         T = idx.shape[1]
         past = caches[0].length if caches else 0
@@ -1298,29 +1298,34 @@ class Keeper:
         self.history = []  # an entry per evaluation: {"step": int, "tokens": int, "train", "val"}
         self.start = time.perf_counter()
 
+    def optimizer_names(self):
+        """Return the kinds of the optimizers, which depend on the hardware."""
+        return [type(optimizer).__name__ for optimizer in self.optimizers]
+
     def resume(self):
         """Bring back the state of NAME.resume.pt, and return how many steps had been done.
 
         Raises:
-            UserError: it is missing or damaged, or has other sizes or another vocabulary.
+            UserError: it is missing or damaged, or has other sizes, words or optimizers.
         """
         path = f"{NAME}.resume.pt"
         state = read_checkpoint(path)
         for what, kept, now in (
             ("sizes", state.get("sizes"), self.model.sizes),
             ("vocabulary", state.get("vocabulary"), self.tokenizer.vocabulary),
+            ("optimizers", state.get("optimizer_names"), self.optimizer_names()),
         ):
             if kept != now:
                 raise UserError(
                     f"{path} has {what} {kept!r:.150}, this run has {now!r:.150}: edit the "
-                    "constants, or --data, to be the same"
+                    "constants, --data or --device, to be the same"
                 )
         try:
             self.model.load_state_dict(state["weights"])
             # The averages come from the file, the settings from the constants: they may be edited.
-            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 settings = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict(kept | {"param_groups": settings})
+                optimizer.load_state_dict(saved | {"param_groups": settings})
             self.history = state["history"]
             if not all(entry.keys() >= {"step", "train", "val"} for entry in self.history):
                 raise ValueError("its history lacks losses")
@@ -1351,6 +1356,7 @@ class Keeper:
             self.model,
             self.tokenizer,
             optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+            optimizer_names=self.optimizer_names(),
             history=self.history,
         )
         draw_losses(f"{NAME}.png", self.history)

@@ -1,8 +1,8 @@
 """A GPT in one file, word by word: it reads 50,000 film reviews and learns to write another.
 
-The model is that of char_gpt.py. New is what real text from the internet brings: a download,
-cleaning, words that the model does not know, texts of unequal length, more metrics than the loss,
-and a look at what attention attends to.
+The model is that of char_gpt.py, but for its last step, the choice of a word out of 37,000. New is
+what real text from the internet brings: a download, cleaning, words that the model does not know,
+texts of unequal length, more metrics than the loss, and a look at what attention attends to.
 
     pip install torch requests matplotlib
     python word_gpt.py                               downloads 84 MB once, trains, writes a review
@@ -26,12 +26,12 @@ What differs from char_gpt.py, and why:
 - Tokenizer: words. There is no end of them, so the rare ones share the token <unk>.
 - read_archive ... load_corpus: many documents from an archive, cleaned, dealt out, and cached.
 - get_batch: a window belongs to one review; where it is too short, <pad> fills the window.
-- LM: a word is chosen in two steps, since 37,000 logits for each position would be nearly all of
-  the work (`score`); padding is left out of the loss; the embeddings of words begin near zero.
-  (Head, MultiHead, FeedForward and Block are the same.)
+- LM: a word is chosen in two steps, since a logit for every word would be most of the work
+  (`score`); with targets `forward` gives no logits; padding is left out of the loss; embeddings
+  begin near zero. (Head, MultiHead, FeedForward and Block are the same.)
 - estimate_loss: accuracy, and the loss without <unk>, which flatters it; both leave padding out.
 - generate: stops at <eos>, the end of a review, and never draws <unk> or <pad>.
-- beam_search, attention_weights: new.
+- beam_search, attention_weights, draw_attention, print_vocabulary, print_metrics: new.
 - learning_rate_at: SCHEDULE may keep the rate constant, as one of the two experiments needs.
 - stream: a space between words. parse_flags: --beams.
 - train, Keeper, draw_losses, main: pass on, print and draw the further metrics.
@@ -99,7 +99,7 @@ BLOCK_SIZE = 64  # tokens of context: more informs better, and takes more time
 N_EMBED = 512 if EXPERIMENT == "large" else 256  # channels: more learn more; the time is quadratic
 N_LAYERS = 4 if EXPERIMENT == "large" else 2  # blocks, one after another: deeper, and slower
 N_HEADS = 8 if EXPERIMENT == "large" else 2  # heads per block: more see more, in fewer channels
-CUTOFFS = (2000, 10000)  # ids where groups of rare words begin; (): none, and 3 times the time
+CUTOFFS = (2000, 10000)  # ids where groups of rarer words begin; (2000,): one; (): none, slower
 DROPOUT = 0.1 if ON_GPU else 0.0  # share of activations zeroed in training: more delays overfitting
 
 # Optimisation
@@ -107,7 +107,7 @@ BATCH_SIZE = 128 if ON_GPU else 32  # windows per step: more is a smoother, cost
 MAX_ITERS = 10000 if ON_GPU else 1500  # steps: more learns more, until it learns the text by heart
 SCHEDULE = "constant" if EXPERIMENT == "large" else "one-cycle"  # see `learning_rate_at`
 LEARNING_RATE = 1e-3 if ON_GPU else 5e-3  # the peak; too high diverges, too low learns slowly
-WARMUP_ITERS = 100  # steps to reach the peak: Adam's first averages are too noisy for full steps
+WARMUP_ITERS = 100  # steps to reach the peak: the optimizer's first averages are noisy
 BETAS = (0.9, 0.99)  # memory of AdamW's averages of gradients and of their squares (10, 100 steps)
 WEIGHT_DECAY = 0.1  # pull of matrices to zero: more generalises, fits less
 GRADIENT_CLIP = 1.0  # longer gradients are cut to it: one bad batch cannot throw the model far
@@ -531,6 +531,9 @@ class LM(nn.Module):
         n_embed: C, channels. n_heads: H, heads per block. n_layers: blocks.
         dropout: share of activations zeroed in training, 0 to 1.
         cutoffs: ids, rising, at each of which a group of rarer words begins; see `score`.
+
+    Raises:
+        UserError: `cutoffs` do not rise, or one is below 1.
     """
 
     def __init__(self, vocab_size, block_size, n_embed, n_heads, n_layers, dropout, cutoffs=()):
@@ -542,29 +545,33 @@ class LM(nn.Module):
             "n_heads": n_heads,
             "n_layers": n_layers,
             "dropout": dropout,
-            "cutoffs": cutoffs,
+            "cutoffs": tuple(cutoffs),
         }
         self.block_size = block_size
         self.token_embedding = nn.Embedding(vocab_size, n_embed)
         self.position_embedding = nn.Embedding(block_size, n_embed)
-        # Most words are rare, and move little in training: theirs should begin near nothing, and
-        # not as the long, random vectors of PyTorch's own start.
+        # Most words are rare: few steps have a gradient for them, and they stay near where they
+        # begin. That should be near nothing, not PyTorch's own start, long random vectors; and
+        # positions should not drown out the words.
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding.weight, std=0.02)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.Sequential(*(Block(n_embed, n_heads, dropout) for _ in range(n_layers)))
         self.final_norm = nn.LayerNorm(n_embed)
         # One output a word, and in front of them one for each group of rare words; see `score`.
-        self.cutoffs = [cutoff for cutoff in cutoffs if cutoff < vocab_size]
-        groups = [end - begin for begin, end in pairwise([*self.cutoffs, vocab_size])]
-        self.parts = [len(groups) + vocab_size - sum(groups), *groups]  # how many outputs each has
+        if list(cutoffs) != sorted(set(cutoffs)) or min(cutoffs, default=1) < 1:
+            raise UserError(f"CUTOFFS = {cutoffs}: must be 1 or more, and rise; () for no groups")
+        edges = [*(cutoff for cutoff in cutoffs if cutoff < vocab_size), vocab_size]
+        self.cutoffs = edges[:-1]
+        group_sizes = [end - begin for begin, end in pairwise(edges)]
+        self.parts = [len(group_sizes) + edges[0], *group_sizes]  # how many outputs each part has
         self.lm_head = nn.Linear(n_embed, sum(self.parts))
         # Small logits are nearly equal odds for all tokens: the loss begins at ln V, like that of a
         # model that knows nothing. PyTorch's own, larger start has convictions, and they are wrong.
         nn.init.normal_(self.lm_head.weight, std=0.02)
         nn.init.zeros_(self.lm_head.bias)
-        for group, size in enumerate(groups):
-            nn.init.constant_(self.lm_head.bias[group], math.log(size))  # as likely as its words
+        for group, size in enumerate(group_sizes):  # a group begins as likely as its words together
+            nn.init.constant_(self.lm_head.bias[group], math.log(size))
 
     def hidden(self, idx):
         """Return what the blocks make of idx (B, T): (B, T, C), ready for `lm_head`."""
@@ -577,12 +584,14 @@ class LM(nn.Module):
         return self.final_norm(x)
 
     def score(self, idx, targets, with_best=True):
-        """Say how likely the targets were, and compute little that no target asks for.
+        """Say how likely the targets were, without a logit for every word.
 
-        Logits for 39,000 words are nearly all the work of a step, and most of them are for words
-        that hardly ever come. So a word is chosen in two steps (adaptive softmax, Grave et al.
-        2016, arXiv 1609.04309): a common word or a group of rare ones, and then, in that case only,
-        a word of the group. Over all words it still sums to 1:
+        Logits for 39,000 words are most of the work of a step, and most of them are for words that
+        hardly ever come. So a word is chosen in two steps (adaptive softmax, Grave et al. 2016,
+        arXiv 1609.04309): a common word or a group of rare ones, and then, in that case only, a
+        word of the group. The more frequent a word, the lower its id (see `build_vocabulary`), so
+        the words below the first cutoff are the common ones. The probabilities of all words still
+        sum to 1:
 
             P(rare word) = P(its group) P(the word, given its group)
 
@@ -592,35 +601,38 @@ class LM(nn.Module):
 
         Returns:
             for each of the N targets that are not `<pad>`, in reading order: its loss,
-            -ln(probability), (N,) float32, and whether no other token was likelier, (N,) bool, or
-            None without `with_best`.
+            -ln(probability), (N,) float32, and whether it is the token thought likeliest (the first
+            of equal ones), (N,) bool, or None without `with_best`.
         """
         real = targets != Tokenizer.pad
         x, targets = self.hidden(idx)[real], targets[real]  # (N, C), (N,)
         weights = self.lm_head.weight.split(self.parts)  # (outputs of the part, C) each
         biases = self.lm_head.bias.split(self.parts)
-        group_of = torch.zeros_like(targets)  # 0: a common word
+        group_of = torch.full_like(targets, -1)  # -1: a common word
         for cutoff in self.cutoffs:
             group_of += targets >= cutoff
         # The groups, then the common words: (N, C) @ (C, parts[0]) -> (N, parts[0]), in float32,
         # since bfloat16 is too coarse for the loss
         first = F.log_softmax(F.linear(x, weights[0], biases[0]).float(), dim=-1)
         n_groups = len(self.cutoffs)
-        chosen = torch.where(group_of == 0, targets + n_groups, group_of - 1)
+        chosen = torch.where(group_of < 0, targets + n_groups, group_of)
         losses = F.nll_loss(first, chosen, reduction="none")
-        best = first[:, n_groups:].detach().amax(-1)  # ln(probability) of the likeliest token
+        if with_best:
+            best, guess = first[:, n_groups:].detach().max(-1)  # ln(probability), and id
         for group, cutoff in enumerate(self.cutoffs):
-            inside = group_of == group + 1
+            inside = group_of == group
             # A group that is likelier than any word so far may hold a word that is so, too.
             looked_at = inside | (first[:, group] > best) if with_best else inside
             rows = looked_at.nonzero().flatten()  # M of the N
             second = F.linear(x[rows], weights[group + 1], biases[group + 1])
             second = F.log_softmax(second.float(), dim=-1)  # (M, size of the group)
-            place = torch.where(inside, targets - cutoff, 0)[rows, None]  # in the group
+            place = torch.where(inside, targets - cutoff, 0)[rows, None]  # (M, 1), in the group
             losses = losses.index_add(0, rows, -second.gather(1, place)[:, 0] * inside[rows])
-            likeliest = (first[rows, group] + second.amax(-1)).detach()
-            best[rows] = best[rows].maximum(likeliest)
-        return losses, -losses.detach() >= best if with_best else None
+            if with_best:
+                likeliest, word = (first[rows, group, None] + second).detach().max(-1)
+                guess[rows] = torch.where(likeliest > best[rows], cutoff + word, guess[rows])
+                best[rows] = best[rows].maximum(likeliest)
+        return losses, guess == targets if with_best else None
 
     def forward(self, idx, targets=None):
         """Predict the next token at every position, or say how wrong that was.
@@ -630,22 +642,22 @@ class LM(nn.Module):
             targets: (B, T) the tokens that really came next, `<pad>` where none came, or None.
 
         Returns:
-            Without targets, logits (B, T, V), float32, and None; these logits are ln(probability)
-            as they are. With targets, None and the loss: the mean of -ln(probability given to the
-            target), in nats (the unit of the natural logarithm) per token. No logits then: they
-            would be the largest tensor of a step.
+            Without targets, logits (B, T, V), float32, and None; they are ln(probability) already,
+            so that softmax only takes the exponential. With targets, None and the loss: the mean of
+            -ln(probability given to the target), in nats (the unit of the natural logarithm) per
+            token. No logits then: they would be the largest tensor of a step.
         """
         if targets is not None:
             losses, _ = self.score(idx, targets, with_best=False)
             return None, losses.mean()
-        # (B, T, C) @ (C, groups + V) -> (B, T, groups + V), in parts; then all words: (B, T, V)
-        first, *rest = self.lm_head(self.hidden(idx)).float().split(self.parts, dim=-1)
+        # (B, T, C) @ (C, groups + V) -> (B, T, groups + V), in parts; float32, since bfloat16 is
+        # too coarse for the loss
+        first, *inside = self.lm_head(self.hidden(idx)).float().split(self.parts, dim=-1)
         first = F.log_softmax(first, dim=-1)
-        groups, common = first.tensor_split([len(rest)], dim=-1)
-        rest = [
-            groups[..., [group]] + F.log_softmax(part, dim=-1) for group, part in enumerate(rest)
-        ]
-        return torch.cat([common, *rest], dim=-1), None
+        of_group, common = first.tensor_split([len(inside)], dim=-1)
+        # ln P(its group) + ln P(word, given its group): (B, T, 1) + (B, T, size of the group)
+        rare = [of_group[..., [i]] + F.log_softmax(part, dim=-1) for i, part in enumerate(inside)]
+        return torch.cat([common, *rare], dim=-1), None  # (B, T, V)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -940,7 +952,7 @@ def attention_weights(model, ids):
     try:
         # bfloat16 would round the shares to three digits: they would not sum to 1.
         with evaluation(model), torch.autocast(device.type, enabled=False):
-            model(torch.tensor([ids], device=device))
+            model.hidden(torch.tensor([ids], device=device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -955,11 +967,13 @@ def attention_weights(model, ids):
 def make_optimizers(model, learning_rate, betas, weight_decay):
     """Return what moves the weights: Muon for the matrices of the blocks, AdamW for all else.
 
-    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) moves every weight by itself, each about as
-    far. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) looks at a matrix as a whole:
-    it makes the update move as far in every direction, not only along the few in which the
-    gradients of most steps point. It is made for matrices between layers, and computes in bfloat16;
-    where the hardware lacks that, AdamW does all.
+    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) moves every weight by itself, and about as
+    far, however large its gradient. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
+    looks at a matrix as a whole. The gradients of most steps point along a few directions only;
+    Muon moves about as far along each: in terms of linear algebra, their average is U S Vᵀ, and it
+    moves along U Vᵀ. It is for matrices that turn one vector into another; the rows of an embedding
+    have little to do with each other. It computes in bfloat16; where the hardware lacks that, AdamW
+    does all.
 
     Matrices (embeddings too) are what a model overfits with, so they are pulled towards zero. A
     bias, or the scale of a LayerNorm, hardly can, and a scale belongs near 1.
@@ -975,10 +989,14 @@ def make_optimizers(model, learning_rate, betas, weight_decay):
     # fused: one pass over the memory for all that an update does
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
     if in_blocks:
-        # With its updates scaled to be as large as AdamW's, one learning rate and one weight decay
-        # do for both (Liu et al. 2025, arXiv 2502.16982).
-        scale = {"adjust_lr_fn": "match_rms_adamw"}
-        muon = torch.optim.Muon(in_blocks, lr=learning_rate, weight_decay=weight_decay, **scale)
+        # Scaled to move as far as AdamW, it needs no learning rate and no weight decay of its own
+        # (Liu et al. 2025, arXiv 2502.16982). Its momentum, 0.95, is PyTorch's.
+        muon = torch.optim.Muon(
+            in_blocks,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
         optimizers.append(muon)
     return optimizers
 
@@ -1230,29 +1248,34 @@ class Keeper:
         self.history = []  # an entry per evaluation: {"step", "train", "val"}, see `train`
         self.start = time.perf_counter()
 
+    def optimizer_names(self):
+        """Return the kinds of the optimizers, which depend on the hardware."""
+        return [type(optimizer).__name__ for optimizer in self.optimizers]
+
     def resume(self):
         """Bring back the state of NAME.resume.pt, and return how many steps had been done.
 
         Raises:
-            UserError: it is missing or damaged, or has other sizes or another vocabulary.
+            UserError: it is missing or damaged, or has other sizes, words or optimizers.
         """
         path = f"{NAME}.resume.pt"
         state = read_checkpoint(path)
         for what, kept, now in (
             ("sizes", state.get("sizes"), self.model.sizes),
             ("vocabulary", state.get("vocabulary"), self.tokenizer.vocabulary),
+            ("optimizers", state.get("optimizer_names"), self.optimizer_names()),
         ):
             if kept != now:
                 raise UserError(
                     f"{path} has {what} {kept!r:.150}, this run has {now!r:.150}: edit the "
-                    "constants, or --data, to be the same"
+                    "constants, --data or --device, to be the same"
                 )
         try:
             self.model.load_state_dict(state["weights"])
             # The averages come from the file, the settings from the constants: they may be edited.
-            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 settings = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict(kept | {"param_groups": settings})
+                optimizer.load_state_dict(saved | {"param_groups": settings})
             self.history = state["history"]
             if not all(entry.keys() >= {"step", "train", "val"} for entry in self.history):
                 raise ValueError("its history lacks losses")
@@ -1288,6 +1311,7 @@ class Keeper:
             self.model,
             self.tokenizer,
             optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+            optimizer_names=self.optimizer_names(),
             history=self.history,
         )
         draw_losses(f"{NAME}.png", self.history)
@@ -1436,7 +1460,7 @@ def print_setup(model, train_tokens, val_tokens, batch_size, max_iters, why):
     """Say what the run works with; `why` says why on this device."""
     device = train_tokens.device
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    native = "bfloat16 autocast" if has_bfloat16(device) else "float32 (no bfloat16 in hardware)"
+    native = "bfloat16 autocast" if has_bfloat16(device) else "float32, AdamW alone (no bfloat16)"
     tokens = batch_size * model.block_size
     print(f"device     {device}{threads}, {native}; {why}")
     print(f"model      {count_parameters(model):,} parameters: {model.sizes}")
@@ -1510,8 +1534,9 @@ def main(argv=None):
         )
 
         torch.manual_seed(SEED)
-        sizes = (BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT, CUTOFFS)
-        model = LM(tokenizer.vocab_size, *sizes).to(device)
+        model = LM(
+            tokenizer.vocab_size, BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT, CUTOFFS
+        ).to(device)
         optimizers = make_optimizers(model, LEARNING_RATE, BETAS, WEIGHT_DECAY)
         why = "the fastest device found" if flags.device == DEVICE else "as --device says"
         print_setup(model, train_tokens, val_tokens, BATCH_SIZE, flags.max_iters, why)

@@ -562,6 +562,9 @@ def test_resumed_run_equals_unbroken_run(gpt, monkeypatch, tmp_path, bfloat16):
         patch.setattr(gpt, "get_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_main(gpt, monkeypatch, tmp_path / "b", DROPOUT=0.2)
+    with monkeypatch.context() as patch, pytest.raises(gpt.UserError, match=r"this run has.*AdamW"):
+        patch.setattr(gpt, "has_bfloat16", lambda device: not bfloat16)
+        run_main(gpt, monkeypatch, tmp_path / "b", "--resume", DROPOUT=0.2)
     _, resumed = run_main(gpt, monkeypatch, tmp_path / "b", "--resume", DROPOUT=0.2)
     assert_same(unbroken, resumed)
     a, b = (

@@ -450,6 +450,21 @@ def test_groups_begin_with_equal_odds_for_all_words(gpt):
     assert logits.shape == (4, 8, 50)
     torch.testing.assert_close(logits, torch.full_like(logits, -math.log(50)), atol=0.4, rtol=0)
     assert gpt.LM(20, 8, 16, 2, 1, 0.0, (20, 35)).lm_head.out_features == 20  # no rare words
+    for cutoffs in ((9, 5), (5, 5), (0, 5)):
+        with pytest.raises(gpt.UserError, match=rf"CUTOFFS = \({cutoffs[0]}, 5\)"):
+            gpt.LM(20, 8, 16, 2, 1, 0.0, cutoffs)
+
+
+def test_of_equal_odds_one_token_is_the_guess(gpt):
+    """bfloat16 often makes two logits equal: not both of them can have been right."""
+    for cutoffs, hits in (((), []), ((5, 8), [5])):
+        model = gpt.LM(11, 8, 16, 2, 1, 0.0, cutoffs)
+        nn.init.zeros_(model.lm_head.weight)
+        nn.init.zeros_(model.lm_head.bias)
+        model.lm_head.bias.data[: len(cutoffs)] = 3.0  # all rare words are likelier than the others
+        targets = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])
+        _, correct = model.score(torch.full((1, 8), 3), targets)
+        assert targets[correct[None]].tolist() == hits
 
 
 @pytest.fixture(params=[(), (5, 8)], ids=["no groups", "groups"])
