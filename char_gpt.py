@@ -94,7 +94,7 @@ DROPOUT = 0.2 if ON_GPU else 0.0  # share of activations zeroed in training: mor
 
 # Optimisation
 BATCH_SIZE = 64 if ON_GPU else 32  # windows per step: more is a smoother, costlier gradient
-MAX_ITERS = 2200 if ON_GPU else 1700  # steps: more learns more, until it learns the text by heart
+MAX_ITERS = 2200 if ON_GPU else 1600  # steps: more learns more, until it learns the text by heart
 LEARNING_RATE = 1e-3 if ON_GPU else 6e-3  # the peak; too high diverges, too low learns slowly
 WARMUP_ITERS = 100  # steps to reach the peak: the optimizer's first averages are noisy
 BETAS = (0.9, 0.99)  # memory of AdamW's averages of gradients and of their squares (10, 100 steps)
