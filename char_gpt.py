@@ -4,7 +4,7 @@ Nothing of the model is hidden in a library or a second file, nor is its data or
 it from top to bottom; every line that is not obvious says why it is there.
 
     python char_gpt.py                                  train, then continue PROMPT
-    python char_gpt.py --max-iters 500                  less training, a quarter of the time
+    python char_gpt.py --max-iters 500                  less training, a third of the time
     python char_gpt.py --sample --prompt "JULIET:"      no training: continue with what was learned
     python char_gpt.py --resume --max-iters 5000        train further
     python char_gpt.py --data mytext.txt --prompt "It"  on another text
@@ -13,30 +13,35 @@ it from top to bottom; every line that is not obvious says why it is there.
 What to expect, measured on a 2-core AMD EPYC (Zen 4, AVX-512 bfloat16), Linux, Python
 3.11, torch 2.13.0, SEED 1337, `python char_gpt.py`:
 
-- 824,897 parameters; 4 1/2 minutes in all (268 s), 0.97 GB of memory
-- loss before training 4.19 (ln 65 = 4.17: it knows nothing), after it 1.4969 nats per token over
-  the whole validation split, 2.1595 bits per character; on the training text 1.26
+- 824,897 parameters; 4 minutes in all (3 min 59 s), 0.97 GB of memory
+- loss before training 4.19 (ln 65 = 4.17: it knows nothing), after it 1.4857 nats per token over
+  the whole validation split, 2.1434 bits per character; on the training text 1.25
 - `--sample` prints its first character after 2 seconds
 - it writes:
 
     ROMEO:
-    Why, here's now? why reling he was?
+    Why, here's now? I have such a waiting poor part
+    Against it with this base now, my cousin;
+    That is thy mouths, sometimes me some grace.
 
-    DUCHESS OF YORK:
-    Thou think'st all things, my lord, have all
-    Encle his shame: 'tis to provost him not, I
-    am power to paint the father, to take him to see
-    With I soul rather birth his for high his body
-    When he blood passion him to the fire
+    RATCLIFF:
+    The thoughts of a virtuous prayers hath speeds.
+
+    ISABELLA:
+    Ay, bid me, not be you hope;
 
 Presets, to be typed in below (the loss is the exact one, over the whole validation split):
 
-- longer: MAX_ITERS 2500, loss 1.4828 in 300 s
-- classic, the sizes that most courses have: BATCH_SIZE 64, BLOCK_SIZE 256, MAX_ITERS 5000,
+- "a100": MAX_ITERS 3000. Loss 1.4614 in 7 min 11 s, with SEED 1 1.4580 in 6 min 58 s: on two CPU
+  cores below the 1.4697 that nanoGPT (Karpathy 2022) reports after 3 minutes on an A100.
+- "classic", the sizes that most courses have: BATCH_SIZE 64, BLOCK_SIZE 256, MAX_ITERS 5000,
   EVAL_INTERVAL 500, LEARNING_RATE 3e-4, EVAL_ITERS 200, N_EMBED 128, N_LAYERS 4, N_HEADS 4,
   DROPOUT 0.2. A step takes 655 ms here, so the run would take about an hour; its loss was not
   measured.
 - on a GPU: the values below for one are reasoned, and were not measured.
+
+Without bfloat16 in hardware AdamW trains alone, in place of Muon (see `make_optimizers`): steps are
+slower, and the losses higher.
 
 The letters of all shapes, here and in the other two files:
     B   batch: windows that go through at once
@@ -1100,9 +1105,9 @@ if __name__ == "__main__":
 
 # ---------------------------------------------------------------------------------------------
 # Try this: one edit at a time to the constants, then `python char_gpt.py --max-iters 400`. On the
-# machine of the header, the constants as they are reach a loss of 1.9814 in 59 s.
+# machine of the header, the constants as they are reach a loss of 1.8325 in 56 s.
 #
-# N_HEADS = 1            2.0245: one kind of thing to look at is not enough
-# LEARNING_RATE = 3e-4   2.5648: what most courses use is too careful for a model so small
-# BLOCK_SIZE = 16        2.0852 in 17 s: most of what it takes to guess a letter is close by
+# N_LAYERS = 1           2.0354 in 18 s: with one look back, what was found cannot be looked for
+# LEARNING_RATE = 3e-4   2.6998: what most courses use is too careful for a model so small
+# BLOCK_SIZE = 16        1.9685 in 25 s: most of what it takes to guess a letter is close by
 # ---------------------------------------------------------------------------------------------

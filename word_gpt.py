@@ -12,15 +12,16 @@ texts of unequal length, more metrics than the loss, and a look at what attentio
     python word_gpt.py -h
 
 What to expect of `python word_gpt.py`, measured on a 2-core AMD EPYC (Zen 4, AVX-512 bfloat16) with
-torch 2.13.0 and seed 1337: 7 minutes in all, 10 s of them to read and clean the reviews the first
-time; 6,543,278 parameters; V = 9,646, and 5.68% of the words of the validation text unknown. Over
-the whole validation split: loss 5.1733 nats per token (5.3283 without <unk>), accuracy 16.74%,
-perplexity 176.5, 1.3835 bits per character; over the test split: 5.1817 and 16.60%. It writes:
+torch 2.13.0 and seed 1337: 8 minutes in all, 10 s of them to read and clean the reviews the first
+time; 2.5 GB of memory; 20,490,210 parameters; V = 36,832, and 1.29% of the words of the validation
+text unknown. Over the whole validation split: loss 5.4054 nats per token (5.4200 without <unk>),
+accuracy 17.45%, perplexity 222.6, 1.4456 bits per character; over the test split: 5.4180 and
+17.29%. It writes:
 
-    i think this movie was as good as the movie seemed to let his character a great performance of
-    empathy as the film he has a tap gabriel and perhaps for a fact that it goes from the main cold
-    farce for its own troubles and sister who plays the main man with using the only thing of this
-    movie i would have been made
+    i think this movie was not one of the worst movies on this the rest of it wont be that good in
+    the movie again i have seen them in movies like my god that was a good time i said the
+    filmmakers were better than they were there i am not saying it was a very good episode in a
+    typical way of
 
 What differs from char_gpt.py, and why:
 - Tokenizer: words. There is no end of them, so the rare ones share the token <unk>.
@@ -1615,14 +1616,13 @@ if __name__ == "__main__":
 # Try this: one edit at a time to the constants, then `python word_gpt.py --sample`. Measured with
 # the model of the header.
 #
-# TEMPERATURE = 0     only the likeliest word, and soon a circle: "i think this movie was a great
-#                     movie that was the best of the movie i was expecting to see it i was expecting
-#                     a lot of the movie i was expecting a lot of the characters and the acting was
-#                     very good and i was expecting a lot of the acting was great ..."
-# TEMPERATURE = 1.3   rare words, and no sentence holds: "i think this movie was potential this
-#                     perfect dentist presented by him a shy train ordeal in the beloved type ..."
+# TEMPERATURE = 0     only the likeliest word, and soon a circle: "i think this movie was a good
+#                     movie and i was expecting a good movie to see it again i was expecting a movie
+#                     that i was expecting a movie that i was expecting a good movie to watch it
+#                     again and again i was expecting a good movie to watch it again ..."
+# TEMPERATURE = 1.3   rare words, and no sentence holds: "i think this movie was potential for their
+#                     lives in restricts on days the into several unemployed cliched use of ..."
 # BEAMS = 5           the text that five beams find is likelier, and duller, than one that is drawn:
-#                     "i think this movie was so bad that it was a bit more than a lot of the movie
-#                     i was expecting to say that it was a little bit of a movie that was so bad
-#                     that it was a bit of a movie ..."
+#                     "i think this movie was so bad that it was so bad that it was so bad that it
+#                     was so bad that it was so bad that it was so bad that it was so bad ..."
 # ---------------------------------------------------------------------------------------------
