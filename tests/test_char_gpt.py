@@ -446,6 +446,21 @@ def test_only_matrices_decay(gpt, model, monkeypatch, bfloat16):
         assert [type(optimizer).__name__ for optimizer in optimizers] == ["AdamW"]
 
 
+def test_muon_moves_about_as_far_as_adamw(gpt, monkeypatch):
+    """At one learning rate: Liu et al. 2025 (arXiv 2502.16982) aim at 0.2 of it (RMS)."""
+    monkeypatch.setattr(gpt, "has_bfloat16", lambda device: True)
+    model = gpt.LM(65, 8, 128, n_heads=4, n_layers=1, dropout=0.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    _, loss = model(*torch.randint(65, (2, 32, 8)))
+    loss.backward()
+    for optimizer in gpt.make_optimizers(model, 1e-3, (0.9, 0.99), 0.0):
+        optimizer.step()
+    for name, parameter in model.blocks.named_parameters(prefix="blocks"):
+        if parameter.dim() == 2:
+            moved = (parameter - before[name]).square().mean().sqrt().item()
+            assert 0.12e-3 < moved < 0.28e-3, name
+
+
 def write_excerpt(folder):
     """Write the first 20,000 characters of Tiny Shakespeare: exact losses take less time."""
     text = (ROOT / "input.txt").read_text(encoding="utf-8")[:20_000]
