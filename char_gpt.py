@@ -33,7 +33,7 @@ What to expect, measured on a 2-core AMD EPYC (Zen 4, AVX-512 bfloat16), Linux, 
 Presets, to be typed in below (the loss is the exact one, over the whole validation split):
 
 - "a100": MAX_ITERS 3000. Loss 1.4614 in 7 min 11 s, with SEED 1 1.4580 in 6 min 58 s: on two CPU
-  cores below the 1.4697 that nanoGPT (Karpathy 2022) reports after 3 minutes on an A100.
+  cores below the 1.4697 that nanoGPT (Karpathy 2022) estimates after 3 minutes on an A100.
 - "classic", the sizes that most courses have: BATCH_SIZE 64, BLOCK_SIZE 256, MAX_ITERS 5000,
   EVAL_INTERVAL 500, LEARNING_RATE 3e-4, EVAL_ITERS 200, N_EMBED 128, N_LAYERS 4, N_HEADS 4,
   DROPOUT 0.2. A step takes 655 ms here, so the run would take about an hour; its loss was not
@@ -567,7 +567,7 @@ def make_optimizers(model, learning_rate, betas, weight_decay):
     AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) moves every weight by itself, and about as
     far, however large its gradient. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
     looks at a matrix as a whole. The gradients of most steps point along a few directions only;
-    Muon moves about as far along each: in terms of linear algebra, their average is U S Vᵀ, and it
+    Muon moves about as far along each: in terms of linear algebra, their average is U S Vᵀ; it
     moves along U Vᵀ. It is for matrices that turn one vector into another; the rows of an embedding
     have little to do with each other. It computes in bfloat16; where the hardware lacks that, AdamW
     does all.

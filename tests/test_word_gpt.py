@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import math
+import re
 import random
 import tarfile
 import types
@@ -450,9 +451,15 @@ def test_groups_begin_with_equal_odds_for_all_words(gpt):
     assert logits.shape == (4, 8, 50)
     torch.testing.assert_close(logits, torch.full_like(logits, -math.log(50)), atol=0.4, rtol=0)
     assert gpt.LM(20, 8, 16, 2, 1, 0.0, (20, 35)).lm_head.out_features == 20  # no rare words
-    for cutoffs in ((9, 5), (5, 5), (0, 5)):
-        with pytest.raises(gpt.UserError, match=rf"CUTOFFS = \({cutoffs[0]}, 5\)"):
+    for cutoffs in ((9, 5), (5, 5), (0, 5), 5):
+        with pytest.raises(gpt.UserError, match=rf"CUTOFFS = {re.escape(str(cutoffs))}: must be"):
             gpt.LM(20, 8, 16, 2, 1, 0.0, cutoffs)
+
+
+def test_words_begin_near_nothing(gpt):
+    model = gpt.LM(1000, 64, 32, 2, 1, 0.0)
+    for embedding in (model.token_embedding, model.position_embedding):
+        assert embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_of_equal_odds_one_token_is_the_guess(gpt):
