@@ -6,8 +6,8 @@ import hashlib
 import io
 import itertools
 import math
-import re
 import random
+import re
 import tarfile
 import types
 
