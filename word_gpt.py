@@ -28,8 +28,9 @@ What differs from char_gpt.py, and why:
 - read_archive ... load_corpus: many documents from an archive, cleaned, dealt out, and cached.
 - get_batch: a window belongs to one review; where it is too short, <pad> fills the window.
 - LM: a word is chosen in two steps, since a logit for every word would be most of the work
-  (`score`); with targets `forward` gives no logits; padding is left out of the loss; embeddings
-  begin near zero. (Head, MultiHead, FeedForward and Block are the same.)
+  (`score`); the same matrix reads words and predicts them; with targets `forward` gives no logits;
+  padding is left out of the loss; positions begin near zero, as words do. (Head, MultiHead,
+  FeedForward and Block are the same.)
 - estimate_loss: accuracy, and the loss without <unk>, which flatters it; both leave padding out.
 - generate: stops at <eos>, the end of a review, and never draws <unk> or <pad>.
 - beam_search, attention_weights, draw_attention, print_vocabulary, print_metrics: new.
@@ -552,21 +553,18 @@ class LM(nn.Module):
             "cutoffs": tuple(cutoffs),
         }
         self.block_size = block_size
-        self.token_embedding = nn.Embedding(vocab_size, n_embed)
         self.position_embedding = nn.Embedding(block_size, n_embed)
-        # Most words are rare: few steps have a gradient for them, and they stay near where they
-        # begin. That should be near nothing, not PyTorch's own start, long random vectors; and
-        # positions should not drown out the words.
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding.weight, std=0.02)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.Sequential(*(Block(n_embed, n_heads, dropout) for _ in range(n_layers)))
         self.final_norm = nn.LayerNorm(n_embed)
-        # One output a word, and in front of them one for each group of rare words; see `score`.
+        # One row a word, and in front of them one for each group of rare words; see `score`.
         edges = [*(cutoff for cutoff in cutoffs if cutoff < vocab_size), vocab_size]
         self.cutoffs = edges[:-1]
         group_sizes = [end - begin for begin, end in pairwise(edges)]
-        self.parts = [len(group_sizes) + edges[0], *group_sizes]  # how many outputs each part has
+        self.parts = [len(group_sizes) + edges[0], *group_sizes]  # how many rows each part has
+        # There is no token embedding: the rows that predict words are looked up to read them, too
+        # (weight tying, Press and Wolf 2016, arXiv 1608.05859). What a word means is the same at
+        # both ends, and half as many numbers for rare words can learn less by heart.
         self.lm_head = nn.Linear(n_embed, sum(self.parts))
         # Small logits are nearly equal odds for all tokens: the loss begins at ln V, like that of a
         # model that knows nothing. PyTorch's own, larger start has convictions, and they are wrong.
@@ -574,6 +572,7 @@ class LM(nn.Module):
         nn.init.zeros_(self.lm_head.bias)
         for group, size in enumerate(group_sizes):  # a group begins as likely as its words together
             nn.init.constant_(self.lm_head.bias[group], math.log(size))
+        nn.init.normal_(self.position_embedding.weight, std=0.02)  # must not drown out the words
 
     def hidden(self, idx):
         """Return what the blocks make of idx (B, T): (B, T, C), ready for `lm_head`."""
@@ -581,9 +580,9 @@ class LM(nn.Module):
         # Attention by itself sees a set, not a sequence: where a token stands has to be told. Both
         # are looked up in tables and added: (B, T, C) + (T, C) -> (B, T, C)
         positions = torch.arange(T, device=idx.device)
-        x = self.token_embedding(idx) + self.position_embedding(positions)
-        x = self.blocks(self.dropout(x))
-        return self.final_norm(x)
+        words = F.embedding(idx + len(self.cutoffs), self.lm_head.weight)  # the groups are in front
+        x = self.dropout(words + self.position_embedding(positions))
+        return self.final_norm(self.blocks(x))
 
     def score(self, idx, targets, with_best=True):
         """Say how likely the targets were, without a logit for every word.

@@ -423,8 +423,10 @@ def test_two_steps_to_a_word_against_torch(gpt):
     x, y = torch.randint(3, 50, (16, 8)), torch.randint(0, 50, (16, 8))
     y[0, :2], y[1, :3] = torch.tensor([35, 49]), torch.tensor([19, 20, 34])
     real = y != gpt.Tokenizer.pad
+    everywhere = ours.hidden(x).detach().requires_grad_()
+    ours.hidden = lambda idx: everywhere  # the gradients of the output alone
     losses, correct = ours.score(x, y)
-    hidden = ours.hidden(x)[real]
+    hidden = everywhere.detach()[real].requires_grad_()
     expected = torchs(hidden, y[real])
     torch.testing.assert_close(losses, -expected.output)
     loss = ours(x, y)[1]
@@ -435,6 +437,7 @@ def test_two_steps_to_a_word_against_torch(gpt):
     torch.testing.assert_close(torch.cat([gradients[1], gradients[0]]), torchs.head.weight.grad)
     for gradient, (_, words) in zip(gradients[2:], torchs.tail, strict=True):
         torch.testing.assert_close(gradient, words.weight.grad)
+    torch.testing.assert_close(everywhere.grad[real], hidden.grad)
     logits = ours(x)[0][real]
     torch.testing.assert_close(logits, torchs.log_prob(hidden))
     torch.testing.assert_close(logits.exp().sum(-1), torch.ones(len(logits)))
@@ -458,8 +461,31 @@ def test_groups_begin_with_equal_odds_for_all_words(gpt):
 
 def test_words_begin_near_nothing(gpt):
     model = gpt.LM(1000, 64, 32, 2, 1, 0.0)
-    for embedding in (model.token_embedding, model.position_embedding):
-        assert embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for layer in (model.lm_head, model.position_embedding):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_one_matrix_reads_and_predicts(gpt):
+    """The rows of `lm_head` are the embedding as well, without those of the groups."""
+    model = gpt.LM(50, 8, 16, n_heads=2, n_layers=1, dropout=0.0, cutoffs=(20, 35))
+    x, y = torch.randint(3, 50, (2, 4, 8))
+    read, made = [], []
+
+    def keep(module, inputs, output):
+        inputs[0].retain_grad()
+        read.append(inputs[0])
+
+    model.dropout.register_forward_hook(keep)
+    model.final_norm.register_forward_hook(lambda module, inputs, output: made.append(output))
+    model(x, y)[1].backward()
+    words, positions = model.lm_head.weight[2:], model.position_embedding.weight
+    torch.testing.assert_close(read[0], words[x] + positions)
+    both, model.lm_head.weight.grad = model.lm_head.weight.grad, None
+    model.hidden = lambda idx: made[0].detach()  # no way back to the words that were read
+    model(x, y)[1].backward()
+    reading = torch.zeros(52, 16).index_add(0, x.flatten() + 2, read[0].grad.flatten(0, 1))
+    assert reading.abs().max() > 0
+    torch.testing.assert_close(both, model.lm_head.weight.grad + reading)
 
 
 def test_of_equal_odds_one_token_is_the_guess(gpt):
@@ -645,7 +671,7 @@ def test_attention_weights_are_the_softmax_rows(gpt, model):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert len(layers) == 2
 
-    x = model.token_embedding.weight[ids] + model.position_embedding.weight[: len(ids)]
+    x = model.lm_head.weight[ids] + model.position_embedding.weight[: len(ids)]
     for block, found in zip(model.blocks, layers, strict=True):
         assert found.shape == (4, 6, 6)
         torch.testing.assert_close(found.sum(-1), torch.ones(4, 6))
