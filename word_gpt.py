@@ -106,7 +106,7 @@ DROPOUT = 0.1 if ON_GPU else 0.0  # share of activations zeroed in training: mor
 
 # Optimisation
 BATCH_SIZE = 128 if ON_GPU else 32  # windows per step: more is a smoother, costlier gradient
-MAX_ITERS = 10000 if ON_GPU else 1500  # steps: more learns more, until it learns the text by heart
+MAX_ITERS = 10000 if ON_GPU else 1800  # steps: more learns more, until it learns the text by heart
 SCHEDULE = "constant" if EXPERIMENT == "large" else "one-cycle"  # see `learning_rate_at`
 LEARNING_RATE = 1e-3 if ON_GPU else 5e-3  # the peak; too high diverges, too low learns slowly
 WARMUP_ITERS = 100  # steps to reach the peak: the optimizer's first averages are noisy
@@ -115,7 +115,7 @@ WEIGHT_DECAY = 0.1  # pull of matrices to zero: more generalises, fits less
 GRADIENT_CLIP = 1.0  # longer gradients are cut to it: one bad batch cannot throw the model far
 
 # Evaluation
-EVAL_INTERVAL = 500  # steps between two evaluations: fewer show more, and take more time
+EVAL_INTERVAL = 300  # steps between two evaluations: fewer show more, and take more time
 EVAL_ITERS = 10  # batches per evaluation: more are more exact, and slower
 
 # Generation
