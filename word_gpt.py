@@ -12,16 +12,16 @@ texts of unequal length, more metrics than the loss, and a look at what attentio
     python word_gpt.py -h
 
 What to expect of `python word_gpt.py`, measured on a 2-core AMD EPYC (Zen 4, AVX-512 bfloat16) with
-torch 2.13.0 and seed 1337: 8 minutes in all, 10 s of them to read and clean the reviews the first
-time; 2.7 GB of memory; 20,490,210 parameters; V = 36,832, and 1.29% of the words of the validation
-text unknown. Over the whole validation split: loss 5.4054 nats per token (5.4200 without <unk>),
-accuracy 17.45%, perplexity 222.6, 1.4456 bits per character; over the test split: 5.4180 and
-17.29%. It writes:
+torch 2.13.0 and seed 1337: 7 min 44 s in all, 10 s of them to read and clean the reviews the first
+time; 2.1 GB of memory; 11,061,218 parameters; V = 36,832, and 1.29% of the words of the validation
+text unknown. Over the whole validation split: loss 5.3424 nats per token (5.3559 without <unk>),
+accuracy 17.83%, perplexity 209.0, 1.4287 bits per character; over the test split: 5.3534 and
+17.71%. (A run of 80 minutes reaches 4.8805 and 21.29%: see the README.) It writes:
 
-    i think this movie was not one of the worst movies on this the rest of it wont be that good in
-    the movie again i have seen them in movies like my god that was a good time i said the
-    filmmakers were better than they were there i am not saying it was a very good episode in a
-    typical way of
+    i think this movie was good for a good movie about anyone else the directing and editing are
+    good but it was worse than a short plot the tale was very good and very difficult to believe
+    using more than a small budget films than the average horror flick i am not sure it was a very
+    good episode in a typical way of animation
 
 What differs from char_gpt.py, and why:
 - Tokenizer: words. There is no end of them, so the rare ones share the token <unk>.
@@ -1616,12 +1616,11 @@ if __name__ == "__main__":
 # Try this: one edit at a time to the constants, then `python word_gpt.py --sample`. Measured with
 # the model of the header.
 #
-# TEMPERATURE = 0     only the likeliest word, and soon a circle: "i think this movie was a good
-#                     movie and i was expecting a good movie to see it again i was expecting a movie
-#                     that i was expecting a movie that i was expecting a good movie to watch it
-#                     again and again i was expecting a good movie to watch it again ..."
-# TEMPERATURE = 1.3   rare words, and no sentence holds: "i think this movie was potential for their
-#                     lives in restricts on days the into several unemployed cliched use of ..."
+# TEMPERATURE = 0     only the likeliest word, and soon a circle: "i think this movie was a great
+#                     movie and i was very disappointed with the movie i was very disappointed with
+#                     the original version of the original version of the original version ..."
+# TEMPERATURE = 1.3   rare words, and no sentence holds: "i think this movie was potential for me tho
+#                     in restricts on days the fly across unemployed cliched use of wheaton ..."
 # BEAMS = 5           the text that five beams find is likelier, and duller, than one that is drawn:
 #                     "i think this movie was so bad that it was so bad that it was so bad that it
 #                     was so bad that it was so bad that it was so bad that it was so bad ..."
