@@ -36,8 +36,8 @@ Presets, to be typed in below (the loss is the exact one, over the whole validat
   cores below the 1.4697 that nanoGPT (Karpathy 2022) estimates after 3 minutes on an A100.
 - "classic", the sizes that most courses have: BATCH_SIZE 64, BLOCK_SIZE 256, MAX_ITERS 5000,
   EVAL_INTERVAL 500, LEARNING_RATE 3e-4, EVAL_ITERS 200, N_EMBED 128, N_LAYERS 4, N_HEADS 4,
-  DROPOUT 0.2. A step takes 655 ms here, so the run would take about an hour; its loss was not
-  measured.
+  DROPOUT 0.2. A step takes 640 to 700 ms here, so the run would take about an hour; its loss was
+  not measured.
 - on a GPU: the values below for one are reasoned, and were not measured.
 
 Without bfloat16 in hardware AdamW trains alone, in place of Muon (see `make_optimizers`): steps are

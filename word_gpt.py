@@ -1619,8 +1619,8 @@ if __name__ == "__main__":
 # TEMPERATURE = 0     only the likeliest word, and soon a circle: "i think this movie was a great
 #                     movie and i was very disappointed with the movie i was very disappointed with
 #                     the original version of the original version of the original version ..."
-# TEMPERATURE = 1.3   rare words, and no sentence holds: "i think this movie was potential for me tho
-#                     in restricts on days the fly across unemployed cliched use of wheaton ..."
+# TEMPERATURE = 1.3   rare words, and no sentence holds: "i think this movie was potential for me
+#                     tho in restricts on days the fly across unemployed cliched use of wheaton ..."
 # BEAMS = 5           the text that five beams find is likelier, and duller, than one that is drawn:
 #                     "i think this movie was so bad that it was so bad that it was so bad that it
 #                     was so bad that it was so bad that it was so bad that it was so bad ..."
