@@ -607,7 +607,7 @@ class LM(nn.Module):
         """
         real = targets != Tokenizer.pad
         x, targets = self.hidden(idx)[real], targets[real]  # (N, C), (N,)
-        weights = self.lm_head.weight.split(self.parts)  # (outputs of the part, C) each
+        weights = self.lm_head.weight.split(self.parts)  # (rows of the part, C) each
         biases = self.lm_head.bias.split(self.parts)
         group_of = torch.full_like(targets, -1)  # -1: a common word
         for cutoff in self.cutoffs:
