@@ -1349,7 +1349,7 @@ def draw_attention(path, words, layers):
     figure.suptitle("each row: the words that the model looked at when it had read this one")
     for row, line in enumerate(figure.subplots(rows, columns, squeeze=False)):
         for column, axes in enumerate(line):
-            axes.imshow(layers[row][column], cmap="Blues", vmin=0, vmax=1)
+            axes.imshow(layers[row][column].tolist(), cmap="Blues", vmin=0, vmax=1)
             axes.set_title(f"layer {row + 1}, head {column + 1}")
             axes.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
             axes.set_yticks(range(len(words)), words, fontsize=7)

@@ -1,6 +1,6 @@
 """Measures gpt2.py at full size against transformers, with random weights, side by side in one run.
 
-    python tests/benchmark_gpt2.py             everything for a CPU: about 15 minutes on 2 cores
+    python tests/benchmark_gpt2.py             everything for a CPU, in minutes
     python tests/benchmark_gpt2.py NAME...     some of: equal, generate, position, step, parts,
                                                loading, encoding
     python tests/benchmark_gpt2.py gpu         on a CUDA GPU: training from scratch, and sampling
