@@ -13,12 +13,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.dont_write_bytecode = True
 os.environ["OMP_NUM_THREADS"] = "1"  # small models gain nothing from threads, and share the cores
 torch.set_num_threads(1)
+
+
+def drawn(monkeypatch, draw):
+    """Call `draw`, which writes one picture, and return the axes of that picture."""
+    figures = []
+    write = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (figures.append(self), write(self, *a, **k))
+    )
+    draw()
+    (figure,) = figures
+    return figure.axes
 
 
 def edited_copy(script, folder, **constants):

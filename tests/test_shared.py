@@ -4,7 +4,7 @@ import ast
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, drawn, load_fresh
 
 SCRIPTS = ["char_gpt", "word_gpt", "gpt2"]
 PAIRS = [("char_gpt", "word_gpt"), ("char_gpt", "gpt2"), ("word_gpt", "gpt2")]
@@ -272,3 +272,14 @@ def test_nothing_is_left_to_be_filled_in():
         text = path.read_text(encoding="utf-8")
         for word in ("TODO", "FIXME", "@" * 2):
             assert word not in text, (path.name, word)
+
+
+@pytest.mark.parametrize(("script", "x"), [("char_gpt", "step"), ("gpt2", "tokens")])
+def test_curves_are_named_for_what_they_show(script, x, tmp_path, monkeypatch):
+    draw_losses = load_fresh(script).draw_losses
+    history = [{x: 0, "train": 4.0, "val": 5.0}, {x: 10, "train": 2.0, "val": 3.0}]
+    (axes,) = drawn(monkeypatch, lambda: draw_losses(tmp_path / "l.png", history))
+    train, val = axes.get_lines()
+    assert (train.get_label(), val.get_label()) == ("training", "validation")
+    assert train.get_xydata().tolist() == [[0, 4.0], [10, 2.0]]
+    assert val.get_xydata().tolist() == [[0, 5.0], [10, 3.0]]

@@ -14,7 +14,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_one_line_error, edited_copy, load_fresh, run_script
+from conftest import ROOT, assert_one_line_error, drawn, edited_copy, load_fresh, run_script
 from torch import nn
 
 CPU = torch.device("cpu")
@@ -690,10 +690,31 @@ def test_attention_weights_are_the_softmax_rows(gpt, model):
         torch.testing.assert_close(found.sum(-1), torch.ones(4, 6))
 
 
-def test_attention_picture(gpt, model, tmp_path):
+def test_attention_picture_has_a_row_for_each_reader(gpt, model, tmp_path, monkeypatch):
     words = ["i", "think", "this", "film", "was", "<unk>"]
-    gpt.draw_attention(tmp_path / "a.png", words, gpt.attention_weights(model, [3, 4, 5, 6, 7, 1]))
-    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    layers = gpt.attention_weights(model, [3, 4, 5, 6, 7, 1])
+    path = tmp_path / "a.png"
+    panels = drawn(monkeypatch, lambda: gpt.draw_attention(path, words, layers))
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    expected = [weights for layer in layers for weights in layer]
+    assert len(panels) == len(expected) == 8
+    for axes, weights in zip(panels, expected, strict=True):
+        shown = torch.tensor(axes.images[0].get_array().tolist())
+        torch.testing.assert_close(shown, weights)
+        assert [label.get_text() for label in axes.get_yticklabels()] == words
+    assert panels[5].get_title() == "layer 2, head 2"
+
+
+def test_curves_are_named_for_what_they_show(gpt, tmp_path, monkeypatch):
+    history = [
+        {"step": step, **{s: {"loss": x / step, "accuracy": x * step} for s, x in both.items()}}
+        for step, both in ((1, {"train": 2.0, "val": 3.0}), (2, {"train": 2.5, "val": 3.5}))
+    ]
+    panels = drawn(monkeypatch, lambda: gpt.draw_losses(tmp_path / "l.png", history))
+    for axes, what in zip(panels, ("loss", "accuracy"), strict=True):
+        for line, split in zip(axes.get_lines(), ("train", "val"), strict=True):
+            assert line.get_label() == {"train": "training", "val": "validation"}[split]
+            assert line.get_xydata().tolist() == [[e["step"], e[split][what]] for e in history]
 
 
 # --- whole runs -----------------------------------------------------------------------------------
