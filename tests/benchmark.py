@@ -1,35 +1,50 @@
-"""Times a training step of char_gpt.py against three peers, side by side, alternating in one run.
+"""Measures char_gpt.py: a training step beside other code, and whole runs in "plain steps".
 
-    python tests/benchmark.py            all sizes, both precisions: about 10 minutes on 2 cores
-    python tests/benchmark.py classic    the classic sizes only
+    python tests/benchmark.py                    training steps, about 5 minutes on 2 cores
+    python tests/benchmark.py run quick a100     whole runs of the README's presets, as processes
+    python tests/benchmark.py run default        ... with the constants of the file
+    python tests/benchmark.py --avx2 ...         as on a CPU without bfloat16 or AVX-512
 
-The peers have the same sizes, data and optimizer (fused AdamW):
-- plain: how most courses write it: one module per head, dropout on the attention weights, float32
+A plain step is a training step of the model that most courses write: one module per head, float32,
+dropout on the attention weights, AdamW; 12 windows of 64, 4 layers, 4 heads, 128 wide. It is the
+unit of time that carries over from one machine to another. The peers of the other comparisons have
+the sizes, the data and the optimizer (fused AdamW) of ours:
+- plain: as above, at their sizes
 - transformers: GPT2LMHeadModel, with its own choice of attention
 - encoder: a stack of torch.nn.TransformerEncoderLayer with a causal mask
+- sdpa: ours, with F.scaled_dot_product_attention in Head
 
-Each figure is the median of ROUNDS rounds. In a round every contestant takes its turn, so that a
-machine that slows down slows them all. Ratios are medians of the ratios within a round.
+Each figure is a median over rounds in which all take turns, and ratios are medians of the ratios
+within a round. The plain step of a run is timed before and after it.
 """
 
+import contextlib
+import json
 import os
 import platform
+import re
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+AVX2 = "--avx2" in sys.argv
+if AVX2:  # before torch is imported: its kernels, oneDNN's and MKL's as on a CPU with AVX2 only
+    os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    os.environ |= {"MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 
 import char_gpt
 
+native = char_gpt.has_bfloat16(torch.device("cpu")) and not AVX2
 ROUNDS = 7
 V, C, H, L = 65, 128, 4, 4
 
@@ -93,10 +108,19 @@ class Embedded(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
 
+class Fused(nn.Module):
+    """Stands where Head stands: PyTorch's own attention."""
+
+    def forward(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 def build(name, T, dropout):
     """Return a function (x, y) -> loss, and the module behind it."""
-    if name == "ours":
+    if name in ("ours", "sdpa"):
         model = char_gpt.LM(V, T, C, H, L, dropout)
+        for block in model.blocks:
+            block.attention.head = Fused() if name == "sdpa" else block.attention.head
         return lambda x, y: model(x, y)[1], model
     if name == "plain":
         model = Embedded(T, [PlainBlock(T, dropout) for _ in range(L)])
@@ -108,6 +132,8 @@ def build(name, T, dropout):
         ]
         model = Embedded(T, layers, nn.Transformer.generate_square_subsequent_mask(T))
         return model, model
+    import transformers
+
     config = transformers.GPT2Config(
         vocab_size=V, n_positions=T, n_embd=C, n_layer=L, n_head=H,
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, use_cache=False,
@@ -120,75 +146,129 @@ def build(name, T, dropout):
     return loss, model
 
 
-def stepper(name, B, T, dropout, bfloat16):
+def stepper(name, B, T, dropout, bfloat16, muon=False):
     """Return a function that takes one training step."""
     torch.manual_seed(0)
     loss, model = build(name, T, dropout)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)]
+    if muon:
+        optimizers = char_gpt.make_optimizers(model)
     x, y = torch.randint(V, (B, T)), torch.randint(V, (B, T))
 
     def step():
+        char_gpt.has_bfloat16 = lambda device: bfloat16
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             value = loss(x, y)
         value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step
 
 
-def compare(title, contestants, repeat):
-    """Time contestants {name: step}; print milliseconds per step, and ratios to "ours"."""
+def compare(title, contestants, repeat, rounds=ROUNDS):
+    """Time contestants {name: step}; print milliseconds per step, and ratios to the first."""
     for step in contestants.values():
         step()
     seconds = {name: [] for name in contestants}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, step in contestants.items():
             start = time.perf_counter()
             for _ in range(repeat):
                 step()
             seconds[name].append((time.perf_counter() - start) / repeat)
+    first = seconds[next(iter(contestants))]
     cells = []
     for name, times in seconds.items():
-        ratio = statistics.median(t / o for t, o in zip(times, seconds["ours"], strict=True))
+        ratio = statistics.median(t / o for t, o in zip(times, first, strict=True))
         cells.append(f"{name} {statistics.median(times) * 1e3:7.1f} ms ({ratio:4.2f}x)")
     print(f"{title:34} " + "   ".join(cells), flush=True)
 
 
-def peak_rate(dtype):
-    """Return what a large matrix product reaches here, in GFLOP/s: the machine's speed today."""
-    a = torch.randn(1024, 1024).to(dtype)
-    a @ a
-    start = time.perf_counter()
-    for _ in range(10):
-        a @ a
-    return 2 * 1024**3 * 10 / (time.perf_counter() - start) / 1e9
+def steps():
+    """Compare training steps."""
+    sizes = ((64, 256, 0.2), (64, 256, 0.0), (32, 128, 0.0), (64, 64, 0.0))
+    for B, T, dropout in sizes:
+        for bfloat16 in (True, False) if native else (False,):
+            names = ("ours", "sdpa", "transformers", "encoder")
+            contestants = {name: stepper(name, B, T, dropout, bfloat16) for name in names}
+            contestants["plain, float32"] = stepper("plain", B, T, dropout, False)
+            precision = "bfloat16" if bfloat16 else "float32"
+            compare(f"{B}x{T} dropout {dropout} {precision}", contestants, max(1, 8192 // (B * T)))
+    contestants = {
+        "AdamW": stepper("ours", 32, 128, 0.0, native),
+        "Muon": stepper("ours", 32, 128, 0.0, native, muon=True),
+    }
+    compare("32x128, ours, by optimizer", contestants, 2)
+
+
+def plain_step(rounds=40):
+    """Return the median seconds of a plain step."""
+    step = stepper("plain", 12, 64, 0.0, False)
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[3:])
+
+
+def presets():
+    """Return {name: source} of the README's presets of char_gpt.py."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n# preset (\w+): char_gpt\.py\n(.*?)```", readme, flags=re.S)
+    return dict(blocks)
+
+
+def run(name, folder, edits=""):
+    """Run a preset as a process of its own; print its loss, time and memory."""
+    source = "" if name == "default" else presets()[name]
+    code = (
+        f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); import char_gpt\n"
+        f"exec({source + edits!r}, vars(char_gpt))\n"
+        + ("char_gpt.has_bfloat16 = lambda device: False\n" if not native else "")
+        + "print(json.dumps(char_gpt.main([])), file=sys.stderr)\n"
+    )
+    before, start = plain_step(), time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
+    seconds = time.perf_counter() - start
+    after = plain_step()
+    if done.returncode:
+        sys.exit(done.stdout[-500:] + done.stderr)
+    print(done.stdout)
+    results = json.loads(done.stderr.splitlines()[-1])
+    plain = statistics.mean((before, after))
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3  # the largest so far
+    print(
+        f"{name}: loss {results['val_loss']:.4f}, {seconds:.1f} s = {seconds / plain:,.0f} plain "
+        f"steps of {before * 1e3:.1f} and {after * 1e3:.1f} ms, {memory:.0f} MB at most, "
+        f"{results['tokens_per_second']:,.0f} tokens/s",
+        flush=True,
+    )
 
 
 def main():
-    """Print the versions, the speed of the machine, and the comparisons."""
+    """Print the versions, the kind of machine, and what the command line asks for."""
+    words = [word for word in sys.argv[1:] if word != "--avx2"]
     char_gpt.keep_freed_memory()  # helps the peers as well: what is compared is the code
-    native = char_gpt.has_bfloat16(torch.device("cpu"))
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}"
-    )
-    print(f"{torch.get_num_threads()} threads, bfloat16 in hardware: {native}")
-    for dtype in (torch.float32, torch.bfloat16):
-        print(f"matrix products in {dtype}: {peak_rate(dtype):.0f} GFLOP/s")
-    sizes = [(64, 256)] if sys.argv[1:] == ["classic"] else [(64, 256), (32, 128), (32, 64)]
-    plain = stepper("plain", 64, 256, 0.2, False)
-    contestants = {"ours": stepper("ours", 64, 256, 0.2, native), "plain": plain}
-    compare("64x256 dropout 0.2, ours as it runs", contestants, 1)
-    for B, T in sizes:
-        for dropout in (0.2, 0.0):
-            for bfloat16 in (True, False) if native else (False,):
-                contestants = {
-                    name: stepper(name, B, T, dropout, bfloat16)
-                    for name in ("ours", "transformers", "encoder")
-                }
-                precision = "bfloat16" if bfloat16 else "float32"
-                compare(f"{B}x{T} dropout {dropout} {precision}", contestants, 16384 // (B * T))
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"torch {torch.__version__}, {platform.machine()}, {capability}, bfloat16: {native}")
+    print(f"{torch.get_num_threads()} threads, plain step: {plain_step() * 1e3:.1f} ms")
+    if words[:1] == ["run"]:
+        import tempfile
+
+        for name in words[1:]:
+            name, _, edits = name.partition(":")  # as in default:MAX_ITERS=400
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "input.txt").write_bytes((ROOT / "input.txt").read_bytes())
+                run(name, folder, edits)
+    else:
+        with contextlib.suppress(KeyboardInterrupt):
+            steps()
 
 
 if __name__ == "__main__":
