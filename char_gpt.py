@@ -124,9 +124,7 @@ def split_text(text, tokenizer, train_share, block_size):
     This is overfitting: the training loss goes on falling, while the validation loss rises."""
     ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
     cut = int(train_share * len(ids))
-    check(
-        block_size < cut < len(ids) - 1, f"{len(ids)} tokens: too few for BLOCK_SIZE, TRAIN_SHARE"
-    )
+    check(block_size < cut < len(ids) - 1, f"{len(ids)} tokens: few for BLOCK_SIZE, TRAIN_SHARE")
     return {"train": ids[:cut], "val": ids[cut:]}
 
 
@@ -502,7 +500,7 @@ def find_data(path):
                 content = requests.get(DATA_URL, timeout=30).content
                 check(sha256(content).hexdigest() == DATA_SHA256, "it is not the expected file")
             except (requests.RequestException, UserError) as error:
-                raise UserError(f"cannot download {DATA_URL} to {path}: {error}") from error
+                raise UserError(f"put {DATA_URL} at {path} by hand: {error}") from error
             write_file(path, lambda file: file.write(content))
     check(os.path.isfile(path), f"there is no file {path}: name one with --data")
     return Path(path)
@@ -515,8 +513,9 @@ def write_file(path, write):
             write(file)
         os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
+        raise UserError(f"cannot write {path}: {error}") from error
+    finally:
         Path(f"{path}.part").unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}, and left it as it was: {error}") from error
 
 
 def save_checkpoint(path, model, tokenizer, **more):
@@ -548,10 +547,9 @@ def load_training_state(optimizers, text_id):
     """Restore the optimizers from NAME.resume.pt. Return (steps done, history on this text)."""
     try:
         state = torch.load(f"{NAME}.resume.pt", map_location="cpu", weights_only=True)
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            groups = optimizer.state_dict()["param_groups"]  # constants may have been edited
-            optimizer.load_state_dict(saved | {"param_groups": groups})
-            for p, averages in optimizer.state.items():
+        for o, saved in zip(optimizers, state["optimizers"], strict=True):  # edited constants hold
+            o.load_state_dict(saved | {"param_groups": o.state_dict()["param_groups"]})
+            for p, averages in o.state.items():
                 check(all(x.shape in (p.shape, ()) for x in averages.values()), "wrong shape")
         return max(state["history"]), state["history"] if state["text_id"] == text_id else {}
     except Exception as error:  # a file from a stranger can be wrong in any way
@@ -632,15 +630,16 @@ def check_constants():
     for names, low, high in (
         (f"{sizes} TOP_K", 1, 10**9),
         ("WARMUP_ITERS SAMPLE_TOKENS SEED", 0, 10**9),
-        ("TRAIN_SHARE DROPOUT FINAL_LR TOP_P BETAS", 0.0, 1.0),
+        ("TRAIN_SHARE DROPOUT FINAL_LR TOP_P", 0.0, 1.0),
         ("LEARNING_RATE WEIGHT_DECAY GRADIENT_CLIP TEMPERATURE", 0.0, 1e9),
     ):
         for name in names.split():
             value = globals()[name]
-            numbers = (value,) if name != "BETAS" else value if type(value) is tuple else (None,)
-            fits = all(isinstance(x, int | type(low)) and low <= x <= high for x in numbers)
+            fits = isinstance(value, int | type(low)) and low <= value <= high
             fits |= value is None and name in ("TOP_K", "TOP_P", "GRADIENT_CLIP")
             check(fits, f"{name} = {value!r} must be {type(low).__name__} from {low} to {high}")
+    fits = type(BETAS) is tuple and [type(b) is float and 0 <= b < 1 for b in BETAS] == [True] * 2
+    check(fits, f"BETAS = {BETAS!r} must be two numbers from 0 to below 1")
 
 
 def parse_flags(argv):
@@ -713,8 +712,7 @@ if __name__ == "__main__":
     except (KeyboardInterrupt, UserError) as error:
         sys.exit(f"{NAME}.py: {str(error) or 'interrupted'}")
     except OSError as error:
-        if error.filename is None:  # it is about no file: the output itself failed
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        # A broken pipe is no error: `head`, for one, has seen enough.
         sys.exit(None if isinstance(error, BrokenPipeError) else f"{NAME}.py: {error}")
     except (RuntimeError, MemoryError) as error:
         if not any(words in repr(error) for words in ("out of memory", "allocate", "MemoryError")):

@@ -10,8 +10,6 @@ over the turns, a ratio the median of the ratios within a turn. Reading speed is
 over 240 MB of float32, the best of five at each turn.
 """
 
-# ruff: noqa: E402
-
 import functools
 import os
 import platform
