@@ -45,7 +45,7 @@ from torch import nn
 import char_gpt
 
 native = char_gpt.has_bfloat16(torch.device("cpu")) and not AVX2
-ROUNDS = 5
+ROUNDS = 4
 V, C, H, L = 65, 128, 4, 4
 
 

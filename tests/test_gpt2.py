@@ -190,7 +190,7 @@ def test_greedy_continuation_is_that_of_transformers(gpt, reference, weights_fil
 def test_a_checkpoint_goes_back_into_transformers(workplace, monkeypatch):
     workplace.main(["--init", "scratch", "--max-iters", "2"])
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    (code,) = re.findall(r"```python\n(import .*?)```", readme, flags=re.S)
     small = "GPT2Config(vocab_size=260, n_positions=32, n_embd=32, n_layer=2, n_head=4)"
     assert "GPT2Config()" in code
     assert "assert " in code
