@@ -27,6 +27,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -217,57 +218,54 @@ def plain_step(rounds=40):
     return statistics.median(times[3:])
 
 
-def presets():
-    """Return {name: source} of the README's presets of char_gpt.py."""
+def presets(script):
+    """Return {name: source} of the README's presets of a script."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n# preset (\w+): char_gpt\.py\n(.*?)```", readme, flags=re.S)
-    return dict(blocks)
+    block = rf"```python\n# preset ([\w-]+): {script}\.py\n(.*?)```"
+    return dict(re.findall(block, readme, flags=re.S))
 
 
-def run(name, folder, edits=""):
-    """Run a preset as a process of its own; print its loss, time and memory."""
-    source = "" if name == "default" else presets()[name]
+def run(script, name, folder, edits=""):
+    """Run a preset as a process of its own; print its lines, loss, time and memory."""
+    source = "" if name == "default" else presets(script)[name]
     code = (
-        f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); import char_gpt\n"
-        f"exec({source + edits!r}, vars(char_gpt))\n"
-        + ("char_gpt.has_bfloat16 = lambda device: False\n" if not native else "")
-        + "print(json.dumps(char_gpt.main([])), file=sys.stderr)\n"
+        f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); import {script} as gpt\n"
+        f"exec({source + edits!r}, vars(gpt))\n"
+        + ("gpt.has_bfloat16 = lambda device: False\n" if not native else "")
+        + "print(json.dumps(gpt.main([])), flush=True)\n"
     )
-    before, start = plain_step(), time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
-    )
+    before, start, line = plain_step(), time.perf_counter(), "{}"
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=folder, stdout=subprocess.PIPE)
+    for raw in child.stdout:
+        line = raw.decode()
+        print(f"{time.perf_counter() - start:7.1f} s  {line[:200].rstrip()}", flush=True)
+    child.wait()
     seconds = time.perf_counter() - start
     after = plain_step()
-    if done.returncode:
-        sys.exit(done.stdout[-500:] + done.stderr)
-    print(done.stdout)
-    results = json.loads(done.stderr.splitlines()[-1])
+    results = json.loads(line)
     plain = statistics.mean((before, after))
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3  # the largest so far
     print(
         f"{name}: loss {results['val_loss']:.4f}, {seconds:.1f} s = {seconds / plain:,.0f} plain "
         f"steps of {before * 1e3:.1f} and {after * 1e3:.1f} ms, {memory:.0f} MB at most, "
-        f"{results['tokens_per_second']:,.0f} tokens/s",
+        f"{results['tokens_per_second']:,.0f} tokens/s, training {results['seconds']:.1f} s",
         flush=True,
     )
 
 
-def main():
+def main(script="char_gpt", data=ROOT / "input.txt", steps=steps):
     """Print the versions, the kind of machine, and what the command line asks for."""
     words = [word for word in sys.argv[1:] if word != "--avx2"]
     char_gpt.keep_freed_memory()  # helps the peers as well: what is compared is the code
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"torch {torch.__version__}, {platform.machine()}, {capability}, bfloat16: {native}")
     print(f"{torch.get_num_threads()} threads, plain step: {plain_step() * 1e3:.1f} ms")
-    if words[:1] == ["run"]:
-        import tempfile
-
-        for name in words[1:]:
+    if "run" in words:
+        for name in words[words.index("run") + 1 :]:
             name, _, edits = name.partition(":")  # as in default:MAX_ITERS=400
             with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / "input.txt").write_bytes((ROOT / "input.txt").read_bytes())
-                run(name, folder, edits)
+                (Path(folder) / data.name).symlink_to(data.resolve())
+                run(script, name, folder, edits)
     else:
         with contextlib.suppress(KeyboardInterrupt):
             steps()
