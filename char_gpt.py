@@ -684,7 +684,7 @@ def main(argv=None):
         model = LM(tokenizer.vocab_size, BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT).to(device)
     if flags.prompt == PROMPT and set(PROMPT) - set(tokenizer.vocabulary):
         flags.prompt = (tokenizer.vocabulary[-1] if flags.sample else text.strip()).split("\n")[0]
-        print(f"the text lacks letters of PROMPT; without --prompt it is {flags.prompt!r}")
+        print(f"the text lacks parts of PROMPT; without --prompt it is {flags.prompt!r}")
     results, n = {}, sum(p.numel() for p in model.parameters())
     print(f"{device}, bfloat16: {has_bfloat16(device)}, seed {flags.seed}; {n:,} parameters")
     if not flags.sample:
@@ -717,4 +717,4 @@ if __name__ == "__main__":
     except (RuntimeError, MemoryError) as error:
         if not any(words in repr(error) for words in ("out of memory", "allocate", "MemoryError")):
             raise
-        sys.exit(f"{NAME}.py: out of memory: halve BATCH_SIZE, or BLOCK_SIZE, or N_EMBED")
+        sys.exit(f"{NAME}.py: out of memory: halve BATCH_SIZE, or take a smaller model")

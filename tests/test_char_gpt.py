@@ -486,25 +486,3 @@ def test_prompts_with_other_characters(gpt, tmp_path, capsys):
             gpt.main([*flags, "--data", "t.txt", "--prompt", "αR!"])
     path = edited_copy("char_gpt.py", tmp_path, **TINY)
     assert_one_line_error(run_child(path, "--data", "t.txt", "--prompt", "é→"), "'é', '→'")
-
-
-PRESETS = dict(
-    re.findall(
-        r"```python\n# preset (\w+): char_gpt\.py\n(.*?)```",
-        (ROOT / "README.md").read_text(encoding="utf-8"),
-        flags=re.S,
-    )
-)
-
-
-@pytest.mark.parametrize("name", sorted({"quick", "a100", "best", "classic"} | PRESETS.keys()))
-def test_presets(gpt, name):
-    pasted = {}
-    exec(PRESETS[name], {"ON_GPU": False}, pasted)
-    assert pasted and all(hasattr(gpt, constant) for constant in pasted)
-    constants = {constant: getattr(gpt, constant) for constant in TINY} | pasted
-    assert constants["N_EMBED"] % constants["N_HEADS"] == 0
-    constants |= {"N_EMBED": 8 * constants["N_HEADS"], "N_LAYERS": 1, "BLOCK_SIZE": 16}
-    constants |= {"BATCH_SIZE": 2, "MAX_ITERS": 2, "EVAL_ITERS": 2, "SAMPLE_TOKENS": 2}
-    results, _ = train_tiny(gpt, **constants)
-    assert results["steps"] == 2 and results["val_loss"] < 5

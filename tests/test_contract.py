@@ -543,6 +543,33 @@ def test_sampling(script, capsys):
     assert {group["weight_decay"] for group in groups} <= {0.0, 0.7}
 
 
+# --- presets of the README ------------------------------------------------------------------------
+PRESETS = re.findall(
+    r"```python\n# preset ([\w-]+): (\w+)\.py\n(.*?)```",
+    (ROOT / "README.md").read_text(encoding="utf-8"),
+    flags=re.S,
+)
+NAMES = {"char_gpt": "quick a100 best classic", "word_gpt": "experiment-1 experiment-2 reference"}
+
+
+def test_presets(script, monkeypatch):
+    """Each one pasted over the constants gives a model that trains; sizes are made small."""
+    presets = {name: source for name, owner, source in PRESETS if owner == script.name}
+    assert presets.keys() == set(NAMES[script.name].split())
+    original = load_fresh(script.name)
+    for name, source in presets.items():
+        pasted = {}
+        exec(source, {"ON_GPU": False}, pasted)
+        assert pasted and all(hasattr(original, constant) for constant in pasted), name
+        n_heads = pasted.get("N_HEADS", original.N_HEADS)
+        assert pasted.get("N_EMBED", original.N_EMBED) % n_heads == 0, name
+        small = {"N_EMBED": 8 * n_heads, "N_LAYERS": 1, "BLOCK_SIZE": 16, "BATCH_SIZE": 2}
+        small |= {"MAX_ITERS": 2, "EVAL_ITERS": 2}
+        script.go_to(name)
+        results = script.main(**pasted | small)
+        assert results["steps"] == 2 and results["val_loss"] < 5
+
+
 # --- notebooks, and other ways to run it ----------------------------------------------------------
 
 

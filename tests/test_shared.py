@@ -14,7 +14,7 @@ from conftest import ROOT
 SCRIPTS = ["char_gpt", "word_gpt", "gpt2"]
 # Those that are written in the present form: lines, lines of code, line where the lesson ends, and
 # how many lines differ within definitions that char_gpt.py has as well.
-BUDGETS = {"char_gpt": (720, 415, 500, 0), "word_gpt": (1120, 685, 760, 170)}
+BUDGETS = {"char_gpt": (720, 415, 500, 0), "word_gpt": (1120, 685, 780, 170)}
 
 # What differs on purpose: {(first script, second script): {reason: definitions}}. A definition that
 # is not named here is the same in both, to the letter, comments included.

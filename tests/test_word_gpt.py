@@ -66,6 +66,8 @@ mail me@mail.example.org today = mail today = mail today
 10/10, in 1980 or the 90s, MP3 = in or the 90s mp3 = in or the s mp
 Clichéd Tannhäuser = clichéd tannhäuser = clichd tannhuser
 good...bad_one = good bad one = goodbadone
+I <3 it.<br />ok > 2 x = i it ok x = i itok x
+❤️ love = love = love
 ½ 12 !? =  = """
 SCRIPTS = """Die Straße, größer als GROẞ = die straße größer als groß
 Фильм — ещё лучше! = фильм ещё лучше
@@ -111,6 +113,10 @@ def test_documents_vocabulary_tokenizer(gpt, reviews):
     assert sorted(itertools.chain(*parts.values())) == documents != list(itertools.chain(*parts))
     torch.manual_seed(5)
     assert gpt.split_documents(documents, 0.8, 0.1) == parts
+    for shares in ((0.8, 0.2), (0.8, 0.0), (1.0, 0.0), (0.0, 0.1)):
+        with pytest.raises(gpt.UserError, match="VAL_SHARE"):
+            gpt.split_documents(documents, *shares)
+    assert len(gpt.split_documents(documents[:10], 0.7, 0.1)["val"]) == 1  # 0.7 + 0.1 < 0.8
     vocabulary = gpt.build_vocabulary(parts["train"], 1)  # of the training documents alone
     assert vocabulary == ["<pad>", "<unk>", "<eos>", "the", *sorted(x[4:] for x in parts["train"])]
     splits = gpt.split_text(parts, gpt.Tokenizer(vocabulary))
@@ -125,6 +131,9 @@ def test_documents_vocabulary_tokenizer(gpt, reviews):
     tokenizer = gpt.Tokenizer(gpt.build_vocabulary(reviews, 1))
     assert all(tokenizer.decode(tokenizer.encode(review)) == review for review in reviews)
     assert tokenizer.encode("The FILM, zzz") == [*tokenizer.encode("the film"), 1]
+    for odd in (list(range(9)), ["a", "b"], ["<pad>", "<unk>", "<eos>"], {1: 2}, "<pad>"):
+        with pytest.raises((gpt.UserError, TypeError)):  # load_checkpoint catches both
+            gpt.Tokenizer(odd)
     assert doctest.testmod(gpt).attempted > 15 and doctest.testmod(gpt).failed == 0
 
 
@@ -163,7 +172,7 @@ def test_wrong_files_get_the_right_reason(tmp_path):
         ("text.txt.gz", packed, "is no whole archive"), ("cut.tar.gz", whole[:20], "no whole"),
         ("half.tar.gz", half, "no whole"), ("few.tar.gz", whole, "has 999 of 50,000 reviews"),
         ("latin.txt", b"Clich\xe9 " * 99, "not UTF-8"), ("empty.txt", b"", "is empty"),
-        ("one.txt", b"a film " * 99, "1 paragraphs"),
+        ("one.txt", b"a film " * 99, "at least 10 paragraphs"),
         ("rare.txt", b"\n\n".join(b"w%dx" % i for i in range(99)), "MIN_FREQ = 2"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(content)
@@ -181,8 +190,10 @@ def test_download(gpt, server, tmp_path, monkeypatch, ranges):
     digest, url = sha256(content).hexdigest(), f"{server.url}/a.bin"
     server.files["/a.bin"], server.ranges = content, ranges
     for fault in (None, "cut", "wrong", "lie", 500):
-        server.faults = [fault, fault]
+        server.faults, server.seen[:] = [fault, fault], []
         gpt.download(url, "a.bin", digest)
+        if fault == "cut" and ranges:  # it goes on near where it broke off
+            assert int(server.seen[1][1]["Range"][6:-1]) > 90_000
         assert (tmp_path / "a.bin").read_bytes() == content
         assert [file.name for file in tmp_path.iterdir()] == ["a.bin"]
     server.seen.clear()
@@ -201,7 +212,7 @@ def test_download_that_never_works(gpt, server, tmp_path, monkeypatch):
     monkeypatch.setattr(gpt.time, "sleep", lambda seconds: None)
     monkeypatch.chdir(tmp_path)
     server.files["/a"] = b"content" * 1000
-    for fault, tries in (("wrong", 5), (404, 1), (503, 5)):
+    for fault, tries in (("wrong", 5), (404, 1), (503, 5), (429, 5), (416, 5)):
         server.seen.clear()
         server.faults = [fault] * 9
         with pytest.raises(gpt.UserError, match=r"put http.* at a\.tar\.gz by hand"):
@@ -298,6 +309,24 @@ def test_adaptive_softmax_against_the_full_one(gpt, cutoffs):
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
 
+def test_large_products_have_few_shapes(gpt, split, monkeypatch):
+    """Each new number of rows would cost preparation, which PyTorch keeps: 2.5 GB in 150 steps."""
+    linear, rows = F.linear, set()
+    model = gpt.LM(11, 8, 16, n_heads=2, n_layers=1, dropout=0.0, cutoffs=(5, 8))
+    weights = {weight.data_ptr() for weight, _ in model.lm_head.softmaxes()}
+
+    def record(x, weight, bias=None):
+        if weight.data_ptr() in weights:
+            rows.add(x.shape[-2])
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", record)
+    for batch_size in range(1, 30):
+        model(*gpt.get_batch(split, batch_size, 8, CPU), each=True)
+        model(torch.ones(1, min(batch_size, 8), dtype=torch.int64))
+    assert len(rows) > 2 and all(n % 64 == 0 for n in rows)
+
+
 def test_start_and_shared_weights(gpt):
     model = gpt.LM(50, 8, 16, n_heads=2, n_layers=1, dropout=0.0, cutoffs=(20, 35, 99))
     logits, _ = model(torch.randint(50, (4, 8)))
@@ -308,7 +337,7 @@ def test_start_and_shared_weights(gpt):
     ids = [id(p) for group in groups for p in group["params"]]
     assert sorted(ids) == sorted(map(id, model.parameters()))
     assert torch.equal(model.lm_head.embed(torch.tensor([0, 49])), model.lm_head.weight[[2, 51]])
-    for cutoffs in ((9, 5), (5, 5), (0, 5), 5):
+    for cutoffs in ((9, 5), (5, 5), (0, 5), 5, (5.0,), (1, "a"), None):
         with pytest.raises(gpt.UserError, match="CUTOFFS = "):
             gpt.AdaptiveSoftmax(20, 8, cutoffs)
 
