@@ -1,15 +1,17 @@
 """Measures gpt2.py at full size against transformers, with random weights, side by side in one run.
 
-    python tests/benchmark_gpt2.py             everything for a CPU, in minutes
-    python tests/benchmark_gpt2.py NAME...     some of: equal, generate, position, step, parts,
-                                               loading, encoding
-    python tests/benchmark_gpt2.py gpu         on a CUDA GPU: training from scratch, and sampling
+    python tests/benchmark_gpt2.py               everything for a CPU, about @@MINUTES@@ minutes
+    python tests/benchmark_gpt2.py NAME ...      some of: equal generate position start step tokens
+    python tests/benchmark_gpt2.py --avx2 ...    as on a CPU without bfloat16 or AVX-512
+    python tests/benchmark_gpt2.py gpu           on a CUDA GPU: training from scratch, and sampling
 
-Contestants take turns, so that a machine that slows down slows them all. A figure is the median
-over the turns, a ratio the median of the ratios within a turn. Reading speed is that of torch.sum
-over 240 MB of float32, the best of five at each turn.
+The weights are random ones of transformers, saved in OpenAI's format. Contestants take turns, so
+that a machine that slows down slows them all. A figure is the median over the turns, a ratio the
+median of the ratios within a turn. Reading speed is that of torch.sum over 240 MB of float32, the
+best of five at each turn.
 """
 
+import contextlib
 import functools
 import os
 import platform
@@ -20,8 +22,11 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+AVX2 = "--avx2" in sys.argv
+if AVX2:  # before torch is imported: its kernels, oneDNN's and MKL's as on a CPU with AVX2 only
+    os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    os.environ |= {"MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -32,26 +37,42 @@ from torch import nn
 
 import gpt2
 
+native = gpt2.has_bfloat16(torch.device("cpu")) and not AVX2
+if AVX2:
+    gpt2.has_bfloat16 = lambda device: False
 SIZES = {
-    "vocab_size": gpt2.VOCAB_SIZE,
-    "block_size": gpt2.BLOCK_SIZE,
-    "n_embed": gpt2.N_EMBED,
-    "n_heads": gpt2.N_HEADS,
-    "n_layers": gpt2.N_LAYERS,
-    "dropout": gpt2.DROPOUT,
+    "vocab_size": gpt2.VOCAB_SIZE, "block_size": gpt2.BLOCK_SIZE, "n_embed": gpt2.N_EMBED,
+    "n_heads": gpt2.N_HEADS, "n_layers": gpt2.N_LAYERS, "dropout": gpt2.DROPOUT,
     "qkv_bias": gpt2.QKV_BIAS,
-}
-GREEDY = {"temperature": 0}
-OWN = {"temperature": gpt2.TEMPERATURE, "top_k": gpt2.TOP_K, "top_p": gpt2.TOP_P}
+}  # fmt: skip
+OWN = gpt2.TEMPERATURE, gpt2.TOP_K, gpt2.TOP_P
+
+
+@functools.cache
+def folder():
+    """Return a folder with gpt2.safetensors, a copy of gpt2.py, and the text."""
+    place = tempfile.TemporaryDirectory()
+    folder.keep = place
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(place.name)
+    path = Path(place.name)
+    (path / "model.safetensors").rename(path / "gpt2.safetensors")
+    source = (ROOT / "gpt2.py").read_text(encoding="utf-8")
+    if AVX2:
+        insert = "has_bfloat16 = lambda device: False\n\n\nif __name__"
+        source = source.replace("if __name__", insert)
+    (path / "gpt2.py").write_text(source, encoding="utf-8")
+    (path / "input.txt").symlink_to(ROOT / "input.txt")
+    return path
 
 
 def pair():
-    """Return (GPT2LMHeadModel with its own random weights, LM with the same), both in eval mode."""
-    torch.manual_seed(0)
+    """Return (GPT2LMHeadModel, LM) with the same random weights, both in eval mode."""
+    ours = gpt2.load_pretrained(folder() / "gpt2.safetensors", **SIZES).eval()
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        ours = gpt2.load_pretrained(f"{folder}/model.safetensors", **SIZES)
+    values = {gpt2.openai_name(name): value for name, value in ours.state_dict().items()}
+    turned = {n: v.t() if ".c_" in n and v.dim() == 2 else v for n, v in values.items()}
+    theirs.transformer.load_state_dict({n: v for n, v in turned.items() if n != "lm_head.weight"})
     return theirs, ours
 
 
@@ -62,15 +83,13 @@ def seconds(call):
     return time.perf_counter() - start
 
 
-def take_turns(contestants, turns, warm_up=1):
-    """Return {name: [seconds per turn]} of {name: call}."""
-    for _ in range(warm_up):
-        for call in contestants.values():
-            call()
+def take_turns(contestants, turns):
+    """Return {name: [seconds per turn]} of {name: call}, after a turn that does not count."""
     times = {name: [] for name in contestants}
-    for _ in range(turns):
+    for turn in range(turns + 1):
         for name, call in contestants.items():
-            times[name].append(seconds(call))
+            took = seconds(call)
+            times[name] += [took] if turn else []
     return times
 
 
@@ -86,73 +105,57 @@ def reading_speed(numbers=torch.ones(60_000_000)):  # noqa: B008
 
 def equal():
     """Logits, loss, gradients and 200 greedy tokens against transformers, in float32."""
+    gpt2.has_bfloat16, kept = lambda device: False, gpt2.has_bfloat16
     theirs, ours = pair()
     idx, targets = torch.randint(50257, (2, 2, 256))
-    with torch.no_grad():
-        logits = ours(idx)[0], theirs(idx).logits
-    print(f"equal: largest difference of logits {(logits[0] - logits[1]).abs().max():.1e}")
-    loss = ours(idx, targets)[1]
-    their_loss = F.cross_entropy(theirs(idx).logits.flatten(0, 1), targets.flatten())
+    (logits, loss), their_logits = ours(idx, targets), theirs(idx).logits
+    print(f"equal: largest difference of logits {(logits - their_logits).abs().max():.1e}")
+    their_loss = F.cross_entropy(their_logits.flatten(0, 1), targets.flatten())
     print(f"equal: difference of losses {abs(loss.item() - their_loss.item()):.1e}")
     loss.backward()
     their_loss.backward()
-    gradients = gpt2.hub_weights({n: p.grad for n, p in ours.named_parameters()})
-    worst = max(
-        ((gradients[n.removeprefix("transformer.")] - p.grad).norm() / p.grad.norm()).item()
-        for n, p in theirs.named_parameters()
-    )
+    found = {gpt2.openai_name(name): p.grad for name, p in ours.named_parameters()}
+    worst = 0.0
+    for name, p in theirs.named_parameters():
+        gradient = found[name.removeprefix("transformer.")]
+        gradient = gradient.t() if ".c_" in name and gradient.dim() == 2 else gradient
+        worst = max(worst, ((gradient - p.grad).norm() / p.grad.norm()).item())
     print(f"equal: largest relative difference of a gradient {worst:.1e}")
     ids = idx[0, :32].tolist()
-    reference = theirs.generate(
-        torch.tensor([ids]), max_new_tokens=200, do_sample=False, pad_token_id=0
-    )[0, 32:].tolist()
-    cached = list(gpt2.generate(ours, ids, 200, **GREEDY, half_weights=False))
-    halves = list(gpt2.generate(ours, ids, 200, **GREEDY, half_weights=True))
-    uncached = list(ids)
-    with torch.no_grad():
-        for _ in range(200):
-            uncached.append(ours(torch.tensor([uncached]))[0][0, -1].argmax().item())
-    print(f"equal: greedy, cached and transformers.generate: {cached == reference}")
-    print(f"equal: greedy, cached and uncached: {cached == uncached[32:]}")
+    options = {"max_new_tokens": 200, "do_sample": False, "pad_token_id": 0}
+    reference = theirs.generate(torch.tensor([ids]), **options)[0, 32:].tolist()
+    cached = list(gpt2.generate(ours, ids, 200, 0))
+    print(f"equal: greedy, ours and transformers.generate: {cached == reference}")
+    halves = list(gpt2.generate(gpt2.for_generation(ours), ids, 200, 0))
     print(f"equal: greedy, 16-bit weights and float32: {halves == cached}")
+    gpt2.has_bfloat16 = kept
 
 
 def generate():
     """Tokens per second, prompt 32, 200 new tokens, batch 1."""
     theirs, ours = pair()
     ids = torch.randint(50257, (32,)).tolist()
-    prompt = torch.tensor([ids])
-
-    def peer(model):
-        model.generate(
-            prompt, max_new_tokens=200, min_new_tokens=200, do_sample=False, pad_token_id=0
-        )
-
+    options = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False, "pad_token_id": 0}
     start = time.perf_counter()
-    half = gpt2.for_generation(ours, half_weights=True)
+    half = gpt2.for_generation(ours)
     print(f"generate: packing the weights takes {time.perf_counter() - start:.2f} s")
-    single = gpt2.for_generation(ours, half_weights=False)
-    theirs_bfloat16 = transformers.GPT2LMHeadModel(theirs.config).bfloat16().eval()
     contestants = {
-        "transformers float32": lambda: peer(theirs),
-        "transformers bfloat16": lambda: peer(theirs_bfloat16),
-        "float32": lambda: list(gpt2.generate(single, ids, 200, **GREEDY)),
-        "own defaults": lambda: list(gpt2.generate(half, ids, 200, **OWN)),
+        "transformers float32": lambda: theirs.generate(torch.tensor([ids]), **options),
+        "float32": lambda: list(gpt2.generate(ours, ids, 200, 0)),
+        "own default": lambda: list(gpt2.generate(half, ids, 200, *OWN)),
     }
-    speeds = [reading_speed()]
-    times = {name: [] for name in contestants}
-    for call in contestants.values():
-        call()
-    for _ in range(5):
+    times, speeds = {name: [] for name in contestants}, []
+    for turn in range(5):
         for name, call in contestants.items():
-            times[name].append(seconds(call))
+            took = seconds(call)
+            times[name] += [took] if turn else []
         speeds.append(reading_speed())
     speed = statistics.median(speeds)
     weights = sum(p.numel() for n, p in ours.named_parameters() if "position" not in n)
     print(f"generate: reading runs at {speed:.1f} GB/s (best {max(speeds):.1f})")
     for name, its_times in times.items():
         rate = 200 / statistics.median(its_times)
-        size = 2 if name in ("own defaults", "transformers bfloat16") else 4
+        size = 2 if name == "own default" and half is not ours else 4
         print(
             f"generate: {name:>21} {rate:6.1f} tokens/s, "
             f"{ratio(times, 'transformers float32', name):.2f} x transformers float32, "
@@ -160,265 +163,139 @@ def generate():
         )
 
 
+@torch.no_grad()
 def position():
     """The cost of a token at position 1,000 against one at 100."""
     _, ours = pair()
-    for half_weights in (True, False):
-        quick = gpt2.for_generation(ours, half_weights)
+    for name, model in (("32 bits", ours), ("own default", gpt2.for_generation(ours))):
         costs = {}
         for place in (100, 1000):
-            caches = [gpt2.Cache(1024) for _ in quick.blocks]
-            with torch.inference_mode():
-                quick(torch.randint(50257, (1, place)), caches=caches)
-                token = torch.tensor([[5]])
-                times = [seconds(functools.partial(quick, token, caches=caches)) for _ in range(20)]
-            costs[place] = statistics.median(times)
+            caches = [gpt2.Cache(1024) for _ in model.blocks]
+            model(torch.randint(50257, (1, place)), caches=caches)
+            token = torch.tensor([[5]])
+            times = [seconds(functools.partial(model, token, caches=caches)) for _ in range(20)]
+            costs[place] = statistics.median(times) * 1e3
         print(
-            f"position: {'16' if half_weights else '32'} bits: {costs[100] * 1e3:.2f} ms at 100, "
-            f"{costs[1000] * 1e3:.2f} ms at 1,000: {costs[1000] / costs[100]:.2f} x"
+            f"position: {name}: {costs[100]:.2f} ms at 100, {costs[1000]:.2f} ms at 1,000: "
+            f"{costs[1000] / costs[100]:.2f} x"
         )
+
+
+def start(turns=3):
+    """Seconds from the start of --sample to its prompt and first token, the weights being there."""
+    command, took = [sys.executable, "gpt2.py", "--sample", "--prompt", "START"], []
+    for _ in range(turns):
+        begin = time.perf_counter()
+        with subprocess.Popen(command, cwd=folder(), stdout=subprocess.PIPE) as child:
+            printed = b""
+            while b"START" not in printed[:-1]:
+                printed += child.stdout.read(1)
+            took.append(time.perf_counter() - begin)
+            print("start: " + child.stdout.read().decode().strip().split("\n")[-1])
+    print(f"start: the first token after {statistics.median(took):.2f} s, of {turns} runs")
 
 
 def step():
-    """A fine-tuning step: 4 x 256 tokens, bfloat16 autocast, fused AdamW, dropout 0.1."""
+    """A fine-tuning step: 4 x 256 tokens, fused AdamW, dropout 0.1, clipping."""
     theirs, ours = pair()
     gpt2.keep_freed_memory()
     x, y = torch.randint(50257, (2, 4, 256))
-    optimizers = {}
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-5, fused=True)
+    optimizers = gpt2.make_optimizers(ours)
+    theirs.train()
 
-    def update(model, loss_of):
-        model.train()
-        if model not in optimizers:
-            optimizers[model] = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        with gpt2.mixed_precision(x.device):
-            loss = loss_of()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizers[model].step()
-        optimizers[model].zero_grad()
-
-    def their_loss():
-        return F.cross_entropy(theirs(x).logits.flatten(0, 1).float(), y.flatten())
-
-    times = take_turns(
-        {
-            "transformers": lambda: update(theirs, their_loss),
-            "gpt2.py": lambda: update(ours, lambda: ours(x, y)[1]),
-        },
-        turns=5,
-    )
-    flops = 6 * gpt2.count_parameters(ours) * x.numel()
-    for name, its_times in times.items():
-        median = statistics.median(its_times)
-        print(
-            f"step: {name:>12} {median:.2f} s, {flops / median / 1e12:.2f} TFLOP/s, "
-            f"{ratio(times, 'transformers', name):.2f} x transformers"
-        )
-
-
-def parts():
-    """What was compared to choose the forms of the attention, the loss and a linear layer."""
-    gpt2.keep_freed_memory()
-    T, hs, V, C = 256, 64, 50257, 768
-
-    def written(queries, keys, values):
-        scores = (queries * hs**-0.5) @ keys.transpose(-2, -1)
-        future = torch.full((T, T), float("-inf"), dtype=scores.dtype).triu(1)
-        return F.softmax(scores + future, dim=-1) @ values
-
-    def fused(queries, keys, values):
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-
-    def attend(form, precision):
-        x = torch.randn(4, T, 3 * C).to(precision).requires_grad_()
-        parts = (part.view(4, T, 12, hs).transpose(1, 2) for part in x.split(C, dim=-1))
-        form(*parts).transpose(1, 2).reshape(4, T, C).sum().backward()
-
-    bf16, f32 = torch.bfloat16, torch.float32
-    times = take_turns(
-        {
-            f"{form.__name__} {precision}": lambda f=form, p=precision: attend(f, p)
-            for form in (written, fused)
-            for precision in (bf16, f32)
-        },
-        turns=7,
-    )
-    for name, its_times in times.items():
-        print(f"parts: attention {name:>22} {statistics.median(its_times) * 1e3:7.1f} ms")
-
-    weight = nn.Parameter(torch.randn(V, C) * 0.02)
-    features, targets = torch.randn(1024, C), torch.randint(V, (1024,))
-    head = nn.Linear(C, V, bias=False)
-    head.weight = weight
-
-    def loss(form):
-        weight.grad = None
-        x = features.clone().requires_grad_()
-        with gpt2.mixed_precision(x.device):
-            form(x).backward()
-
-    def chunked(x):
-        options = nn.LinearCrossEntropyOptions()
-        return F.linear_cross_entropy(x, weight, targets, options=options)
-
-    times = take_turns(
-        {
-            "F.cross_entropy": lambda: loss(lambda x: F.cross_entropy(head(x).float(), targets)),
-            "slices of 512": lambda: loss(lambda x: gpt2.sliced_loss(head, x, targets, 512)),
-            "slices of 256": lambda: loss(lambda x: gpt2.sliced_loss(head, x, targets, 256)),
-            "linear_cross_entropy": lambda: loss(
-                lambda x: F.linear_cross_entropy(x, weight, targets)
-            ),
-            "linear_cross_entropy, chunked": lambda: loss(chunked),
-        },
-        turns=3,
-    )
-    for name, its_times in times.items():
-        print(f"parts: loss {name:>30} {statistics.median(its_times):6.2f} s")
-
-    weights = [torch.randn(3072, C) for _ in range(24)]
-    halves = [w.half() for w in weights]
-    thin = [w.bfloat16() for w in weights]
-    turned = [w.t().contiguous() for w in weights]
-    packed = [torch.ops.quantized.linear_prepack_fp16(w, None) for w in weights]
-    reordered = [torch.ops.mkldnn._reorder_linear_weight(w, 1) for w in thin]
-    row = torch.randn(1, C)
-    half_row, thin_row = row.half(), row.bfloat16()
-    direct = torch.ops.mkldnn._linear_pointwise
-
-    @torch.no_grad()
-    def each(call, matrices):
-        for matrix in matrices:
-            call(matrix)
-
-    forms = {
-        "F.linear float32": (4, lambda w: F.linear(row, w), weights),
-        "x @ W float32": (4, lambda w: row @ w, turned),
-        "oneDNN float32": (4, lambda w: direct(row, w, None, "none", [], ""), weights),
-        "F.linear bfloat16": (2, lambda w: F.linear(thin_row, w), thin),
-        "oneDNN packed bfloat16": (
-            2,
-            lambda w: direct(thin_row, w, None, "none", [], ""),
-            reordered,
-        ),
-        "F.linear float16": (2, lambda w: F.linear(half_row, w), halves),
-        "FBGEMM packed float16": (
-            2,
-            lambda p: torch.ops.quantized.linear_dynamic_fp16(row, p),
-            packed,
-        ),
-    }
-    times = take_turns(
-        {name: lambda f=form: each(f[1], f[2]) for name, form in forms.items()}, turns=11
-    )
-    print(f"parts: one row, weights of 3072 x 768; reading runs at {reading_speed():.1f} GB/s")
-    for name, its_times in times.items():
-        numbers = forms[name][0] * 24 * 3072 * C
-        print(f"parts: linear {name:>24} {numbers / statistics.median(its_times) / 1e9:5.1f} GB/s")
-
-
-PEAK = """
-import resource, sys
-import torch
-{before}
-def peak():  # VmHWM: the most memory this process has had, in KiB
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1e3
-start = peak()
-{what}
-print(f"{{peak() - start:.0f}}")
-"""
-
-
-def peak_memory(before, what, cwd):
-    """Return the MB by which `what` raises the peak of a fresh interpreter, after `before`."""
-    program = PEAK.format(before=before, what=what)
-    finished = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=cwd,
-        check=True,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    return float(finished.stdout.split()[-1])
-
-
-def loading():
-    """Peak memory of loading the weights, above the bare interpreter with torch."""
-    with tempfile.TemporaryDirectory() as folder:
-        transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(folder)
-        size = Path(folder, "model.safetensors").stat().st_size / 1e6
-        what = f"import gpt2; model = gpt2.load_pretrained('model.safetensors', **{SIZES!r})"
-        peak = peak_memory("", what, folder)
-        start = time.perf_counter()
-        gpt2.load_pretrained(f"{folder}/model.safetensors", **SIZES)
-    print(
-        f"loading: {time.perf_counter() - start:.1f} s; peak {peak:.0f} MB for a file of "
-        f"{size:.0f} MB: {peak / size:.2f} x"
-    )
-
-
-def encoding(megabytes=1000):
-    """Peak memory and speed of preparing 1 GB of text."""
-    text = (ROOT / "input.txt").read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory() as folder:
-        with open(f"{folder}/large.txt", "w", encoding="utf-8") as file:
-            while file.tell() < megabytes * 1e6:
-                file.write(text)
-        start = time.perf_counter()
-        peak = peak_memory(
-            "",
-            "import gpt2; print(len(gpt2.load_tokens('large.txt', None, None, gpt2.Tokenizer())))",
-            folder,
-        )
-        duration = time.perf_counter() - start
-    print(
-        f"encoding: {megabytes} MB in {duration:.0f} s: {megabytes / duration:.1f} MB/s, "
-        f"peak {peak:.0f} MB above the start"
-    )
-
-
-def gpu(steps=10, batch_size=16):
-    """On CUDA: model FLOPs utilisation of training from scratch, tokens/s of sampling."""
-    device = torch.device("cuda")
-    model = gpt2.LM(**SIZES).to(device)
-    compiled = torch.compile(model)
-    (optimizer,) = gpt2.make_optimizers(model, 6e-4, (0.9, 0.95), 0.1)
-    x, y = torch.randint(50257, (2, batch_size, gpt2.BLOCK_SIZE), device=device)
-
-    def update():
-        with gpt2.mixed_precision(device):
-            loss = compiled(x, y)[1]
-        loss.backward()
+    def their_step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=native):
+            logits = theirs(x).logits
+        F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()).backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(3):
-        update()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(steps):
-        update()
-    torch.cuda.synchronize()
-    rate = steps * x.numel() / (time.perf_counter() - start)
+    times = take_turns(
+        {
+            "transformers": their_step,
+            "gpt2.py": lambda: gpt2.train_step(ours, optimizers, x, y, 1e-5),
+        },
+        turns=6,
+    )
+    flops = 6 * sum(p.numel() for p in ours.parameters()) * x.numel()
+    for name, its_times in times.items():
+        median = statistics.median(its_times)
+        print(
+            f"step: {name:>12} {'bfloat16' if native else 'float32'} {median:.2f} s, "
+            f"{flops / median / 1e12:.2f} TFLOP/s, {ratio(times, 'transformers', name):.2f} x"
+        )
+
+
+MEMORY = """
+import re, resource, sys, time
+import gpt2
+from pathlib import Path
+def peak():  # VmHWM: the most memory this process has had, in KiB
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+tokenizer = gpt2.Tokenizer()
+before, start = peak(), time.perf_counter()
+tokens = gpt2.load_tokens(Path("large.txt"), tokenizer)
+took = time.perf_counter() - start
+after = peak()
+gpt2.get_batch(tokens, 4, 256, "cpu")
+print(len(tokens), took, after - before)
+"""
+
+
+def tokens(megabytes=1000):
+    """Speed and memory of encoding 1 GB of text, and tiktoken's own speed on 50 MB of it."""
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")
+    with open(folder() / "large.txt", "w", encoding="utf-8") as file:
+        while file.tell() < megabytes * 1e6:
+            file.write(text)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    options = {"cwd": folder(), "check": True, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", MEMORY], env=environment, **options)
+    n, took, memory = map(float, done.stdout.split("\n")[-2].split())
+    print(f"tokens: {megabytes} MB, {n:,.0f} tokens in {took:.0f} s: {megabytes / took:.1f} MB/s")
+    print(f"tokens: {memory:.0f} MB of memory above the start, mapped parts of files included")
+    encoding, texts = gpt2.Tokenizer().encoding, [text[: 1 << 18]] * 200
+    cores = os.cpu_count()
+    took = seconds(lambda: encoding.encode_ordinary_batch(texts, num_threads=cores))
+    print(f"tokens: tiktoken alone, {cores} threads: {200 * (1 << 18) / took / 1e6:.1f} MB/s")
+    (folder() / "large.txt").unlink()
+
+
+def gpu(steps=20):
+    """On CUDA: model FLOPs utilisation of training from scratch, tokens/s of sampling."""
+    device = torch.device("cuda")
+    sizes = SIZES | {"vocab_size": 50_304, "dropout": 0.0}
+    model = gpt2.LM(**sizes).to(device)
+    parallel, optimizers = gpt2.parallelize(model), gpt2.make_optimizers(model)
+    x, y = torch.randint(50257, (2, 2 * gpt2.BATCH_SIZE, gpt2.BLOCK_SIZE), device=device)
+    for count in (3, steps):  # the first are not counted
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            gpt2.train_step(parallel, optimizers, x, y, 6e-4)
+        torch.cuda.synchronize()
+        rate = count * x.numel() / (time.perf_counter() - start)
     # 6 per parameter and token (Kaplan et al. 2020), and 12 T C per block for attention
-    per_token = 6 * gpt2.count_parameters(model) + 12 * gpt2.N_LAYERS * 1024 * gpt2.N_EMBED
-    print(f"gpu: training {rate:,.0f} tokens/s, {rate * per_token / 790e12:.0%} of 790 TFLOP/s")
-    quick = gpt2.for_generation(model, half_weights=True)
-    ids = list(range(32))
-    list(gpt2.generate(quick, ids, 50, **OWN))
-    took = seconds(lambda: list(gpt2.generate(quick, ids, 500, **OWN)))
+    per_token = 6 * sum(p.numel() for p in model.parameters()) + 12 * 12 * 1024 * 768
+    name = torch.cuda.get_device_name()
+    print(f"gpu: {name}: training {rate:,.0f} tokens/s, {rate * per_token / 1e12:.0f} TFLOP/s")
+    print(f"gpu: compiled {parallel is not model}, {gpt2.memory_used(device) / 1e9:.1f} GB")
+    quick = gpt2.for_generation(model)
+    list(gpt2.generate(quick, list(range(32)), 50, *OWN))
+    took = seconds(lambda: list(gpt2.generate(quick, list(range(32)), 500, *OWN)))
     print(f"gpu: sampling {500 / took:.0f} tokens/s")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(min(2, os.cpu_count()))
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, Python "
-        f"{platform.python_version()}, {torch.get_num_threads()} threads, {platform.machine()}"
+        f"{platform.python_version()}, {torch.get_num_threads()} threads, {platform.machine()}, "
+        f"{torch.backends.cpu.get_cpu_capability()}, bfloat16: {native}"
     )
-    every = (equal, generate, position, step, parts, loading, encoding)
-    chosen = [globals()[name] for name in sys.argv[1:]] or every
-    for measure in chosen:
-        measure()
-        sys.stdout.flush()
+    every = ("equal", "generate", "position", "start", "step", "tokens")
+    with contextlib.suppress(KeyboardInterrupt):
+        for name in [word for word in sys.argv[1:] if word != "--avx2"] or every:
+            globals()[name]()
+            sys.stdout.flush()

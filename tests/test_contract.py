@@ -18,7 +18,15 @@ import nbclient
 import nbformat
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, edited_copy, load_fresh, run_child, run_script
+from conftest import (
+    ROOT,
+    SMALL_BPE,
+    assert_one_line_error,
+    edited_copy,
+    load_fresh,
+    run_child,
+    run_script,
+)
 from matplotlib.figure import Figure
 
 CPU = torch.device("cpu")
@@ -44,9 +52,12 @@ TINY = {
     "EVAL_ITERS": 2, "SAMPLE_TOKENS": 20, "PROMPT": "the ", "MAX_ITERS": 9, "EVAL_INTERVAL": 3,
     "DROPOUT": 0.2,
 }  # fmt: skip
-SCRIPTS = [  # name, constants, how to write data
-    ("char_gpt", TINY, write_text),
-    ("word_gpt", TINY | {"DATA": "words.txt", "MIN_FREQ": 2, "CUTOFFS": (8,)}, write_documents),
+WORDS_TINY = {"DATA": "words.txt", "MIN_FREQ": 2, "CUTOFFS": (8,)}
+GPT2_TINY = {"INIT": "scratch", "VOCAB_SIZE": 260, "WINDOW": 8, "TOKENS_PER_STEP": 64}
+SCRIPTS = [  # name, constants, how to write data, code to put into the script
+    ("char_gpt", TINY, write_text, ""),
+    ("word_gpt", TINY | WORDS_TINY, write_documents, ""),
+    ("gpt2", TINY | GPT2_TINY, write_text, SMALL_BPE),
 ]
 
 # Send what Ctrl-C sends, in front of the calls of a function that have these numbers.
@@ -66,8 +77,9 @@ class Script:
     """One script, imported anew, with tiny constants, data, and a folder to run in."""
 
     def __init__(self, entry, folder, patch):
-        self.name, self.tiny, self.write_data = entry
+        self.name, self.tiny, self.write_data, self.insert = entry
         self.gpt, self.folder, self.patch = load_fresh(self.name), folder / "run", patch
+        exec(self.insert, vars(self.gpt))
         self.flags = self.write_data(folder, TEXT)
         self.set(**self.tiny)
         self.go_to("run")
@@ -90,6 +102,7 @@ class Script:
 
     def copy(self, insert="", **constants):
         """Write a copy of the script with these constants; returns its path."""
+        insert = self.insert + insert
         return edited_copy(f"{self.name}.py", self.folder, insert, **self.tiny | constants)
 
     def child(self, *flags, insert="", **constants):
@@ -430,7 +443,7 @@ def test_bad_input_is_one_line(script):
         (["--prompt", ""], ["prompt is empty"]),
         (["--sample", "--prompt", ""], ["prompt is empty"]),
         (["--data", "empty.txt"], ["empty.txt is empty"]),
-        (["--data", "short.txt"], ["few", "BLOCK_SIZE"]),
+        (["--data", "short.txt"], ["few"]),
         (["--data", "latin1.txt"], ["latin1.txt", "not UTF-8"]),
         (["--data", "utf16.txt"], ["utf16.txt", "not UTF-8"]),
         (["--data", "missing.txt"], ["missing.txt", "--data"]),
@@ -473,7 +486,8 @@ def test_constants_that_make_no_sense(script, name):
 def test_a_loss_that_is_not_finite(script):
     script.main()
     before = script.files()
-    done = script.child(LEARNING_RATE=1e9, GRADIENT_CLIP=None, WARMUP_ITERS=0)
+    rates = [name for name in vars(script.gpt) if name.endswith("LEARNING_RATE")]
+    done = script.child(**dict.fromkeys(rates, 1e9), GRADIENT_CLIP=None, WARMUP_ITERS=0)
     assert_one_line_error(done, "LEARNING_RATE")
     assert script.files() == before
 
@@ -549,7 +563,11 @@ PRESETS = re.findall(
     (ROOT / "README.md").read_text(encoding="utf-8"),
     flags=re.S,
 )
-NAMES = {"char_gpt": "quick a100 best classic", "word_gpt": "experiment-1 experiment-2 reference"}
+NAMES = {
+    "char_gpt": "quick a100 best classic",
+    "word_gpt": "experiment-1 experiment-2 reference",
+    "gpt2": "finetune scratch-small 124M-gpu",
+}
 
 
 def test_presets(script, monkeypatch):
@@ -565,6 +583,10 @@ def test_presets(script, monkeypatch):
         assert pasted.get("N_EMBED", original.N_EMBED) % n_heads == 0, name
         small = {"N_EMBED": 8 * n_heads, "N_LAYERS": 1, "BLOCK_SIZE": 16, "BATCH_SIZE": 2}
         small |= {"MAX_ITERS": 2, "EVAL_ITERS": 2}
+        if script.name == "gpt2":
+            assert pasted["TOKENS_PER_STEP"] % (pasted["WINDOW"] * pasted["BATCH_SIZE"]) == 0, name
+            small |= {"INIT": "scratch", "WINDOW": 8, "TOKENS_PER_STEP": 32, "COMPILE": False}
+            small |= {"VOCAB_SIZE": 260 + pasted.get("VOCAB_SIZE", 50_257) - 50_257}
         script.go_to(name)
         results = script.main(**pasted | small)
         assert results["steps"] == 2 and results["val_loss"] < 5
