@@ -1,19 +1,21 @@
 """GPT-2 in one file: it takes OpenAI's weights, or random ones, and trains them on any text.
 
-Read char_gpt.py first: the model and its training are the same. New is what the real GPT-2 needs,
-here in the order of the file:
+Read char_gpt.py first: the model and its training are the same. In 2019, OpenAI trained GPT-2 on
+40 GB of text from the web. Fine-tuning trains these weights further, on a small text of another
+kind. It needs few steps, since they know English already. What is new, by definition:
 - Tokenizer: tokens are pieces of words (BPE). 338,025 of them are the 1,115,394 characters of
   input.txt: a context of 1,024 tokens holds 3.3 times as much text.
 - load_tokens, get_batch, estimate_loss: the text is encoded once, into a file. Its parts are read
   when they are used. So the text can be larger than the memory.
 - Head: the same attention, in one function of PyTorch that never stores all T x T scores
-- Cache: keeps the keys and values of earlier tokens, so that a new token costs one position
+- Cache: keeps the keys and values of earlier tokens, so that for a new token only its own position
+  is computed
 - MultiHead: biases on q, k and v, because OpenAI's weights have them (QKV_BIAS)
 - FeedForward: GELU, because OpenAI's weights were trained with it
 - LM: the output layer is the token embedding. 38.6 million numbers are stored once, not twice.
 - load_pretrained: OpenAI's weights fit into LM: rename them, transpose some
-- make_optimizers: AdamW alone, as in OpenAI's first GPT. At this size, Muon's products would take
-  longer than the rest of a step.
+- make_optimizers: AdamW alone, as in OpenAI's first GPT, so that published settings fit. In the
+  small steps of a CPU, Muon's products would take longer than all the rest.
 - train_step: the gradient of a step is added up over several batches: one would not fit in memory
 - parallelize, join_processes: a compiled model; several GPUs that share each step
 - for_generation: weights of 16 bits, because a new token takes as long as reading all weights
@@ -105,7 +107,7 @@ N_HEADS = SIZES.get(MODEL, (0, 0, 0))[2]  # H; must divide N_EMBED; a head size 
 QKV_BIAS = True  # biases on q, k and v: OpenAI's weights have them, most newer models do not
 DROPOUT = 0.1  # raise it against overfitting (see split_text)
 # Optimization
-WINDOW = 1024 if ON_GPU else 256  # tokens of a training window, up to BLOCK_SIZE; more: slower
+WINDOW = 1024 if ON_GPU else 256  # tokens of a training window; from scratch, set BLOCK_SIZE to it
 BATCH_SIZE = 16 if ON_GPU else 4  # windows at a time; more: faster, as long as the memory lasts
 TOKENS_PER_STEP = 32_768 if ON_GPU else 1024  # more: a more exact gradient, and a slower step
 MAX_ITERS = 100  # training steps
@@ -124,7 +126,9 @@ SAMPLE_TOKENS = 200  # length of the continuation, in tokens
 TEMPERATURE = 0.8  # 0: always the most likely token; 1: the model's own probabilities
 TOP_K = 50  # draw among this many most likely tokens only; None: among all
 TOP_P = None  # draw among the most likely tokens that have this probability together; None: all
-HALF_WEIGHTS = True  # write with weights of 16 bits: faster, and precise to 3 digits
+HALF_WEIGHTS = (
+    True  # write with 16 bits per weight: faster; float16 is precise to 3 digits, bfloat16 to 2
+)
 # OpenAI's weights
 WEIGHTS_URL = "https://huggingface.co/openai-community/{}/resolve/{}/model.safetensors"
 REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # of gpt2
@@ -135,12 +139,18 @@ WEIGHTS_SHA256 = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a7
 class Tokenizer:
     r"""Turns text into ids and back with GPT-2's byte-pair encoding (BPE). It knows any text.
 
-    A pattern first splits the text into words, numbers, marks and white space. A space belongs to
-    the word after it: "It is 12." becomes "It", " is", " 12", ".". Each part is a list of bytes.
-    Then merges follow: two neighbours become one token. The pair that was the most frequent in
-    OpenAI's text is merged first, then the next, 50,000 in all (Sennrich et al. 2015, arXiv
-    1508.07909). So a frequent word is one token. An example with three merges: t + h, th + e, and
-    space + the. " thin" still needs four tokens:
+    In UTF-8, a character is 1 to 4 bytes. Each of the 256 bytes is a token, so any text has ids.
+    OpenAI learned the other tokens from its text: the most frequent pair of neighbours became one
+    token everywhere, then pairs were counted again, 50,000 times (Sennrich et al. 2015, arXiv
+    1508.07909). Encoding merges in the same order. In a frequent word, each of its pairs was
+    frequent, until the word was one token. A rare word stays in several.
+
+    A pattern first splits the text into words, numbers, marks and white space, and no merge crosses
+    a border. Otherwise "dog.", "dog!" and "dog?" would each use up a token. A space belongs to the
+    word after it: "It is 12." becomes "It", " is", " 12", ".".
+
+    An example with three merges: t + h, th + e, and space + the. Here the id of a byte is the byte:
+    space 32, i 105, n 110. In " thin" only t + h is a merge, so it has four tokens:
 
     >>> ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" the": 258}
     >>> options = {"mergeable_ranks": ranks, "special_tokens": {}}
@@ -174,7 +184,7 @@ def read_pieces(file, n_characters):
 
     White space only begins a token of GPT-2, or is one. It never follows a visible character in it.
     So a piece may end where white space follows a visible character. If there is no such place, it
-    ends after `n_characters`, and a word may be cut.
+    ends after `n_characters`, and a word may be cut: its ids may differ.
 
     >>> import io
     >>> list(read_pieces(io.StringIO("It is time to go"), n_characters=12))
@@ -224,7 +234,7 @@ def load_tokens(path, tokenizer):
 
 
 def split_text(tokens, train_share, max_val_tokens, block_size):
-    """Return {"train": the first `train_share` of the tokens, "val": of the rest, so many at most}.
+    """Return {"train": the first `train_share` of the tokens, "val": at most so many after them}.
 
     The model trains on the first part only. On the second, the validation part, a low loss means
     that it learned how such texts are written. On the first, it may just know the text by heart.
@@ -283,19 +293,22 @@ class Head(nn.Module):
     def forward(self, q, k, v):
         """Attend. All three are (B, H, T, hs), made by MultiHead, and so is the result.
 
-        With a Cache, q is of the newest token (B, H, 1, hs), k and v of all S tokens so far."""
+        With a Cache that has earlier tokens, q is of the newest one, k and v are of all S."""
         # This function computes what char_gpt.py writes out: scores / √hs, mask, softmax, average.
-        # It works in small squares of the scores, and never stores all T x T (Dao et al. 2022,
-        # arXiv 2205.14135). is_causal adds the mask. The newest token alone may see all: no mask.
+        # An average needs only two running sums: of exp(score), and of exp(score) · v. So it works
+        # in small squares of the scores, and never stores all T x T of them (Dao et al. 2022, arXiv
+        # 2205.14135). is_causal adds the mask. The newest token alone may see all: no mask.
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
 
 
 class Cache:
     """The keys and values of one block for all tokens so far.
 
-    They depend on earlier tokens only, so a new token does not change them. Without them, each new
-    token would send the whole text through the model again: token 1,000 would take 1,000 times the
-    work. The tensors have room for `block_size` tokens from the start."""
+    In every block, the mask lets a position see itself and earlier ones only. So its key and value
+    do not change when a token is added. (Its query was needed once, for its own result.) Without
+    them, each new token would send the whole text through the model again: token 1,000 would take
+    1,000 times the work. There is room for `block_size` tokens from the start: a tensor cannot
+    grow, it would be copied for each token."""
 
     def __init__(self, block_size):
         self.block_size, self.length = block_size, 0  # length: how many tokens are in it
@@ -322,7 +335,7 @@ class MultiHead(nn.Module):
         check(n_embed % n_heads == 0, f"N_HEADS = {n_heads} does not divide N_EMBED = {n_embed}")
         self.n_heads = n_heads
         # Three layers in one matrix. GPT-2 has biases here. Softmax ignores k's, since
-        # q · (k + b) = q · k + q · b adds the same to a row. The projection's bias replaces v's.
+        # q · (k + b) = q · k + q · b adds the same to a row. The projection's could replace v's.
         self.qkv = nn.Linear(n_embed, 3 * n_embed, bias=qkv_bias)
         self.head = Head()
         self.projection = nn.Linear(n_embed, n_embed)
@@ -355,8 +368,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """Transform each position: (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
-        # gelu is a smooth relu (Hendrycks and Gimpel 2016, arXiv 1606.08415), here approximated by
-        # tanh, as in GPT-2. Without it, two layers would be one: x A B = x (AB).
+        # gelu is a smooth relu: gelu(3) = 3.00, gelu(1) = 0.84, gelu(-1) = -0.16, so that negative
+        # numbers learn as well (Hendrycks and Gimpel 2016, arXiv 1606.08415); tanh as in GPT-2.
         return self.dropout(self.shrink(F.gelu(self.expand(x), approximate="tanh")))
 
 
@@ -405,7 +418,8 @@ class LM(nn.Module):
         self.tie_weights()
         # Small parameters make small logits, so nearly equal probabilities: the loss starts just
         # above ln V, as the small differences are random. Each block adds two results to its input.
-        # The matrices that make them start smaller, so that the sum of many blocks is not larger.
+        # A sum of n results of random sign is about √n times as large as one; n is 2 · n_layers. So
+        # the matrices that make them start smaller by this factor.
         for name, p in self.named_parameters():
             if p.dim() == 2:  # 0.02 and the square root: Radford et al. 2018 and 2019
                 is_last = name.endswith(("projection.weight", "shrink.weight"))
@@ -416,8 +430,10 @@ class LM(nn.Module):
     def tie_weights(self):
         """Let one matrix be the token embedding and the output layer.
 
-        What a token means is learned once, from reading and from predicting it (weight tying, Press
-        and Wolf 2016, arXiv 1608.05859)."""
+        Row i of it (V, C) is the vector of token i. The embedding turns token i into row i. The
+        output layer computes logit i = x · row i, large where x points like row i. So the vector of
+        a token is learned once, from reading and from predicting it (weight tying, Press and Wolf
+        2016, arXiv 1608.05859)."""
         self.lm_head.weight = self.token_embedding.weight
 
     def forward(self, idx, targets=None, caches=None):
@@ -430,7 +446,7 @@ class LM(nn.Module):
         end = past + idx.shape[1]
         check(end <= self.block_size, f"more tokens than block_size = {self.block_size}")
         # bfloat16: 8 bits of precision, float32 has 24; twice as fast where the hardware has it.
-        # Not with caches: to convert all weights takes longer than to use them for one token.
+        # autocast converts the weights in each call: with caches, that takes longer than one token.
         enabled = has_bfloat16(idx.device) and not caches
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=enabled):
             # An average does not depend on the order of its terms: without positions, block 1 could
@@ -505,7 +521,7 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     With `eval_iters`, at most that many batches are used, evenly spread: no randomness."""
     model.eval()  # switches dropout off: the whole model is measured
     T, device = model.block_size, next(model.parameters()).device
-    chosen = torch.arange(-(-(len(tokens) - 1) // T))  # numbers of windows, side by side
+    chosen = torch.arange(-(-(len(tokens) - 1) // T))  # windows side by side; the last is filled up
     if eval_iters is not None and len(chosen) > eval_iters * batch_size:
         chosen = chosen[torch.linspace(0, len(chosen) - 1, eval_iters * batch_size).long()]
     total, count = 0.0, 0
@@ -545,11 +561,14 @@ def train_step(model, optimizers, x, y, lr):
     """Change the parameters once, to lower the loss on x, y (B, T). Return the loss before it.
 
     The plainest rule, with one parameter w = 2, loss w², gradient 2w = 4 and rate 0.1: w becomes
-    2 - 0.1 · 4 = 1.6, and the loss falls from 4 to 2.56."""
+    2 - 0.1 · 4 = 1.6, and the loss falls from 4 to 2.56.
+
+    The gradient of a sum is the sum of the gradients. So the B windows come in several batches, and
+    their gradients are added: the same step, with the memory of one batch."""
     model.train()  # switches dropout on
     total, batches = 0.0, list(zip(x.split(BATCH_SIZE), y.split(BATCH_SIZE), strict=True))
     for i, (xs, ys) in enumerate(batches):
-        # With several processes, the last backward averages the gradients of all of them.
+        # no_sync: processes exchange gradients only once in a step, at the last batch.
         wait = N_RANKS > 1 and i < len(batches) - 1
         with model.no_sync() if wait else contextlib.nullcontext():
             loss = model(xs, ys)[1] * (len(xs) / len(x))  # its share of the mean of all windows
@@ -565,9 +584,11 @@ def train_step(model, optimizers, x, y, lr):
 
 
 def parallelize(model):
-    """Return the model as train_step calls it: compiled if COMPILE, and shared by all processes.
+    """Return the model as train_step calls it: compiled if COMPILE, and joined to its copies.
 
-    It has the same parameters. DistributedDataParallel averages the gradients of the processes."""
+    Each process has a copy of the model, and its own share of the windows. DistributedDataParallel
+    averages their gradients in `backward`. The copies begin equal and make equal steps, so they
+    stay equal. What is returned has the parameters of `model`: a step changes both."""
     parallel = model
     if COMPILE:
         try:
@@ -659,20 +680,20 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
-    """Yield new token ids that continue the list `ids`. The model sees only the last T tokens.
+    """Yield new token ids that continue the list `ids`. The model sees at most the last T tokens.
 
     The caches keep the keys and values of the tokens so far, so only new ones go through the model.
-    When T tokens are there, the older half is dropped. The others get new positions, so their keys
-    and values are computed again. Then there is room for T / 2 more. If one token were dropped each
-    time, all would be computed again each time."""
+    The table of positions has T rows, so there is none for token T + 1. Then the older half is
+    dropped. The others move to positions 0, 1, ..., so their keys and values are computed again,
+    and there is room for T / 2 more. To drop one token each time would compute all each time."""
     check(len(ids) > 0, "the prompt is empty: give some text to continue")
     ids = list(ids)[-model.block_size :]
     model.eval()  # switches dropout off
     new, caches = ids, [Cache(model.block_size) for _ in model.blocks]
     for _ in range(max_new_tokens):
         idx = torch.tensor([new], device=next(model.parameters()).device)
-        logits, _ = model(idx, caches=caches)  # (1, T) -> (1, 1, V); T is 1 after the first time
-        logits[..., Tokenizer.vocab_size :] = -math.inf  # if VOCAB_SIZE is larger: no tokens
+        logits, _ = model(idx, caches=caches)  # (1, T) -> (1, 1, V); then T is 1
+        logits[..., Tokenizer.vocab_size :] = -math.inf  # ids of a larger VOCAB_SIZE are no tokens
         probabilities = next_token_probabilities(logits[0, -1], temperature, top_k, top_p)
         ids.append(torch.multinomial(probabilities, 1).item())  # draws one id
         new = ids[-1:]
@@ -685,8 +706,9 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 def for_generation(model):
     """Return a copy of the model that writes faster, and shares what it can.
 
-    One new token needs every weight once. So the time for it is the time to read all weights from
-    memory. Weights of 16 bits have half the bytes: on a GPU bfloat16, on a CPU float16."""
+    For one new token, each weight is read from memory and used in one multiplication. The reading
+    takes longer, so it sets the time. (In training, a weight once read serves many tokens.) Weights
+    of 16 bits have half the bytes: bfloat16 on a GPU, float16 on a CPU."""
     device = next(model.parameters()).device
     if not HALF_WEIGHTS or device.type == "mps":
         return model
@@ -694,7 +716,7 @@ def for_generation(model):
         return copy.deepcopy(model).bfloat16() if has_bfloat16(device) else model
     if "fbgemm" not in torch.backends.quantized.supported_engines:  # not on every CPU
         return model
-    quick = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    quick = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # with the same parameters
     places = [
         (module, name, child)
         for module in quick.modules()
@@ -715,7 +737,10 @@ def for_generation(model):
 
 
 def stream(tokenizer, tokens):
-    """Yield the text of the tokens, piece by piece. A character with several tokens comes whole."""
+    """Yield the text of the tokens, piece by piece.
+
+    A token is some bytes, and can end inside a character, which has up to 4 bytes. The decoder
+    keeps such bytes until the rest of the character has come."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
         yield decoder.decode(tokenizer.encoding.decode_single_token_bytes(token))
