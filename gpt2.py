@@ -86,8 +86,8 @@ ON_GPU = torch.cuda.is_available()  # where a line has two values, the first is 
 DEVICES = ["cuda"] * ON_GPU + ["mps"] * torch.mps.is_available() + ["cpu"]  # fastest first
 DEVICE = DEVICES[0]
 SEED = 1337  # where all random numbers start: any number; another one gives another model
-RANK = int(os.environ.get("RANK", "0"))  # the number of this process; torchrun sets both
-N_RANKS = int(os.environ.get("WORLD_SIZE", "1"))  # processes that train together
+N_RANKS = int(os.environ.get("WORLD_SIZE") or 1)  # processes that train together
+RANK = int(os.environ.get("RANK") or 0) % N_RANKS  # the number of this one; torchrun sets both
 # Data
 DATA = "input.txt"  # any UTF-8 text; this one is in the repository, or is downloaded
 DATA_URL = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
@@ -107,7 +107,9 @@ N_HEADS = SIZES.get(MODEL, (0, 0, 0))[2]  # H; must divide N_EMBED; a head size 
 QKV_BIAS = True  # biases on q, k and v: OpenAI's weights have them, most newer models do not
 DROPOUT = 0.1  # raise it against overfitting (see split_text)
 # Optimization
-WINDOW = 1024 if ON_GPU else 256  # tokens of a training window; from scratch, set BLOCK_SIZE to it
+WINDOW = (
+    1024 if ON_GPU else 256
+)  # tokens of a training window, up to BLOCK_SIZE; from scratch it is T
 BATCH_SIZE = 16 if ON_GPU else 4  # windows at a time; more: faster, as long as the memory lasts
 TOKENS_PER_STEP = 32_768 if ON_GPU else 1024  # more: a more exact gradient, and a slower step
 MAX_ITERS = 100  # training steps
@@ -206,31 +208,34 @@ def load_tokens(path, tokenizer):
     The first time, the text is encoded into PATH.gpt2.bin, a few pieces at a time. An id has two
     bytes. Then the file is mapped: it looks like a tensor, and the system reads the parts that are
     used. Its first 64 bytes say which version of the text it is of."""
-    state, kept = path.stat(), Path(f"{path}.gpt2.bin")
-    if not kept.exists() and not os.access(path.parent, os.W_OK):
-        kept = Path(kept.name)  # one may not write there, so it comes here
-    check(state.st_size > 0, f"{path} is empty")
-    key, found = f"{state.st_size} bytes of {state.st_mtime_ns}".encode().ljust(64), b""
-    if kept.exists():
-        with open(kept, "rb") as file:
-            found = file.read(64)
+    check(path.stat().st_size > 0, f"{path} is empty")
+    key = f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns}".encode().ljust(64)
+    for kept in (Path(f"{path}.gpt2.bin"), Path(f"{path.name}.gpt2.bin")):
+        found = kept.open("rb").read(64) if kept.exists() else b""
+        if found == key or os.access(path.parent, os.W_OK):
+            break  # otherwise one may not write beside the text, so it comes here
 
     def write(file):
         """Write the file: the key, and the ids."""
         file.write(key)
-        with open(path, encoding="utf-8-sig", errors="replace") as text:  # -sig: Windows' mark
-            pieces, cores = read_pieces(text, 1 << 18), os.cpu_count() or 1
+        with open(path, encoding="utf-8-sig") as text:  # -sig: Windows' mark
+            pieces, cores = read_pieces(text, 1 << 18), min(os.cpu_count() or 1, 8)
             while some := list(islice(pieces, cores)):
-                check("\ufffd" not in "".join(some), f"{path} is not UTF-8: save it as UTF-8")
                 encode = tokenizer.encoding.encode_batch
                 for ids in encode(some, num_threads=cores, allowed_special="all"):
                     file.write(array("H", ids))  # H: two bytes each
 
     if found != key:
         print(f"encoding {path} into {kept}, once", flush=True)
-        write_file(kept, write)
-    # The key has the length of 32 ids.
-    return torch.from_file(str(kept), size=kept.stat().st_size // 2, dtype=torch.uint16)[32:]
+        own = f"{kept}.{os.getpid()}"  # another run may be writing the same
+        try:
+            write_file(own, write)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8: save it as UTF-8") from error
+        os.replace(own, kept)
+    # The key has the length of 32 ids. A private map (shared=False) must fit into the memory.
+    size, shared = kept.stat().st_size // 2, os.access(kept, os.W_OK)
+    return torch.from_file(str(kept), shared=shared, size=size, dtype=torch.uint16)[32:]
 
 
 def split_text(tokens, train_share, max_val_tokens, block_size):
@@ -498,12 +503,14 @@ def load_pretrained(path, **sizes):
         for name, entry in header.items():
             name = name.removeprefix("transformer.")
             if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the mask: no parameter
+                check(name in ours, f"{name:.50} is of another model")
                 check(entry["dtype"] == "F32", f"{name} has the type {entry['dtype']}")
                 begin, end = entry["data_offsets"]
                 # clone: a float32 must begin at a multiple of 4 bytes, which the file does not do.
                 part = data[begin:end].clone().view(torch.float32).view(entry["shape"])
-                is_turned = ".c_" in name and part.dim() == 2
-                weights[ours.get(name, name)] = part.t().contiguous() if is_turned else part
+                check(part.isfinite().all(), f"{name} is not finite")
+                is_turned = ".c_" in name and part.dim() == 2  # c_: the matrices of the blocks
+                weights[ours[name]] = part.t().contiguous() if is_turned else part
         weights["lm_head.weight"] = weights["token_embedding.weight"]
         model.load_state_dict(weights, assign=True)
         model.tie_weights()
@@ -593,12 +600,14 @@ def parallelize(model):
     if COMPILE:
         try:
             parallel = torch.compile(model).train()
-            x = model.lm_head.weight.new_zeros(BATCH_SIZE, WINDOW, dtype=torch.int64)
-            parallel(x, x)[1].backward()  # compiles it now, so that a failure shows here
-            model.zero_grad()
+            n = min(BATCH_SIZE, TOKENS_PER_STEP // WINDOW // N_RANKS)
+            x = model.lm_head.weight.new_zeros(n, WINDOW + 1, dtype=torch.int64)
+            # It compiles now, so that a failure shows here, for tensors like those of get_batch.
+            parallel(x[:, :-1], x[:, 1:])[1].backward()
         except Exception as error:  # no compiler, no triton, an old GPU
             print(f"COMPILE = True does not work here, going on without it: {error!r:.100}")
             parallel = model
+        model.zero_grad()
     return nn.parallel.DistributedDataParallel(parallel) if N_RANKS > 1 else parallel
 
 
@@ -610,8 +619,8 @@ def train(model, tokenizer, splits, flags, text_id):
     optimizers, device = make_optimizers(model), next(model.parameters()).device
     step, history = load_training_state(optimizers, text_id) if flags.resume else (0, {})
     check(step < flags.max_iters, f"{step:,} steps are done: raise --max-iters to go on")
-    first_step, stop, speed, start = step, [], 0.0, time.perf_counter()
     parallel = parallelize(model)
+    first_step, stop, speed, start = step, [], 0.0, time.perf_counter()
     peak = LEARNING_RATE if model.init == "pretrained" else SCRATCH_LEARNING_RATE
     # A fresh run that is stopped early must not replace what an earlier run saved.
     first_save = step + 1 if flags.resume else min(EVAL_INTERVAL, flags.max_iters)
@@ -820,7 +829,8 @@ def download(url, path, digest):
 def find_weights():
     """Return the path of OpenAI's weights: MODEL.safetensors (here, beside the script, fetched)."""
     path = Path(f"{MODEL}.safetensors")
-    for folder in (Path(), Path(globals().get("__file__", "")).parent):
+    script = Path(globals().get("__file__", ""))  # a notebook has no __file__
+    for folder in (Path(), script.parent, script.resolve().parent):
         if (folder / path).exists():
             return folder / path
     is_pinned = MODEL == "gpt2"  # of the larger models, the server says the digest
@@ -952,8 +962,11 @@ def join_processes(device):
     On GPUs they talk by nccl, on CPUs by gloo. Rank 0 alone prints, and writes files."""
     if N_RANKS == 1:
         return device
+    place = int(os.environ.get("LOCAL_RANK") or 0)
+    n = torch.cuda.device_count() if device.type == "cuda" else N_RANKS * (device.type == "cpu")
+    check(place < n, f"{N_RANKS} processes, but {n} devices {device} for them")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", place)
         torch.cuda.set_device(device)
     # The others wait while rank 0 fetches, encodes, evaluates and saves.
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -967,17 +980,18 @@ def get_model(flags, device):
     """Return (model, tokenizer): of a checkpoint, with OpenAI's weights, or new, as flags say."""
     path, init = NAME + ".resume" * flags.resume + ".pt", flags.init or INIT
     check(not (flags.resume and flags.init), f"--resume goes on with {path}, so --init has no use")
-    trained = (
-        os.path.exists(path) or init == "scratch"
-    )  # if there are none: load_checkpoint says so
+    tokenizer = Tokenizer()
+    trained = os.path.exists(path) or init == "scratch"  # if not there, load_checkpoint says so
     if flags.resume or (flags.sample and not flags.init and trained):
         print(f"weights: {path}")
         return load_checkpoint(path, device)
     fits = init == "pretrained" or not flags.sample
     check(fits, "random weights write nonsense: --sample continues with trained ones")
-    tokenizer = Tokenizer()
-    sizes = dict(vocab_size=VOCAB_SIZE, block_size=BLOCK_SIZE, n_embed=N_EMBED, n_heads=N_HEADS,
+    block_size = BLOCK_SIZE if init == "pretrained" else WINDOW  # others would not be trained
+    sizes = dict(vocab_size=VOCAB_SIZE, block_size=block_size, n_embed=N_EMBED, n_heads=N_HEADS,
                  n_layers=N_LAYERS, dropout=DROPOUT, qkv_bias=QKV_BIAS)  # fmt: skip
+    fits = init == "scratch" or (QKV_BIAS and Tokenizer.vocab_size == VOCAB_SIZE)
+    check(fits, f"OpenAI's weights need QKV_BIAS = True, VOCAB_SIZE = {Tokenizer.vocab_size}")
     file = find_weights() if init == "pretrained" else "random"
     print(f"weights: {file}")
     model = LM(**sizes) if file == "random" else load_pretrained(file, **sizes)
@@ -1016,7 +1030,8 @@ def check_constants():
     check(INIT in ("pretrained", "scratch"), f"INIT = {INIT!r} must be 'pretrained' or 'scratch'")
     sizes = "BLOCK_SIZE N_EMBED N_LAYERS N_HEADS BATCH_SIZE MAX_ITERS EVAL_INTERVAL EVAL_ITERS"
     for names, low, high in (
-        (f"{sizes} TOP_K WINDOW TOKENS_PER_STEP MAX_VAL_TOKENS", 1, 10**9),
+        (f"{sizes} TOP_K WINDOW TOKENS_PER_STEP", 1, 10**9),
+        ("MAX_VAL_TOKENS", 2, 10**9),
         ("VOCAB_SIZE", Tokenizer.vocab_size, 10**9),
         ("WARMUP_ITERS SAMPLE_TOKENS SEED", 0, 10**9),
         ("TRAIN_SHARE DROPOUT FINAL_LR TOP_P", 0.0, 1.0),

@@ -1,6 +1,6 @@
 """Measures gpt2.py at full size against transformers, with random weights, side by side in one run.
 
-    python tests/benchmark_gpt2.py               everything for a CPU, about @@MINUTES@@ minutes
+    python tests/benchmark_gpt2.py               everything for a CPU, several minutes
     python tests/benchmark_gpt2.py NAME ...      some of: equal generate position start step tokens
     python tests/benchmark_gpt2.py --avx2 ...    as on a CPU without bfloat16 or AVX-512
     python tests/benchmark_gpt2.py gpu           on a CUDA GPU: training from scratch, and sampling

@@ -208,6 +208,7 @@ def entry(name, **values):
         lambda h: h.update(more={"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}),
         lambda h: h.update({"x": h.pop("transformer.ln_f.bias")}),
         lambda h: h.update(x=3),
+        lambda h: h.update({f"x{n}": h["transformer.wte.weight"] for n in range(9)}),
         entry("ln_f.weight", dtype="F16"), entry("wpe.weight", shape=[64, 16]),
         entry("wpe.weight", shape=[-32, -32]), entry("ln_f.weight", shape=[33]),
         entry("ln_f.weight", shape=["32"]), entry("ln_f.weight", data_offsets=[-128, 0]),
@@ -231,6 +232,9 @@ def test_crafted_files_and_other_sizes_are_refused(gpt, weights_file):
         with pytest.raises(gpt.UserError, match="does not fit"):
             gpt.load_pretrained(weights_file, **SIZES)
             pytest.fail(f"file {n}")
+    weights_file.write_bytes(content[:-4] + b"\xff\xff\xff\x7f")  # a NaN
+    with pytest.raises(gpt.UserError, match="not finite"):
+        gpt.load_pretrained(weights_file, **SIZES)
     weights_file.write_bytes(content)
     for more in ({"block_size": 16}, {"n_layers": 3}, {"n_layers": 1}, {"qkv_bias": False},
                  {"vocab_size": 320}):  # fmt: skip
@@ -375,8 +379,30 @@ def test_the_token_file_goes_where_it_can_be_written(gpt, tmp_path, monkeypatch)
     assert tokens.tolist() == gpt.Tokenizer().encode("the theatre " * 100)
     assert Path("a.txt.gpt2.bin").exists() and len(list(path.parent.iterdir())) == 1
     Path("a.txt.gpt2.bin").rename(f"{path}.gpt2.bin")  # a file beside the text is used
-    monkeypatch.setattr(gpt, "write_file", None)
-    assert torch.equal(gpt.load_tokens(path, gpt.Tokenizer()), tokens)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt, "write_file", None)
+        assert torch.equal(gpt.load_tokens(path, gpt.Tokenizer()), tokens)
+    path.write_text("the heather \ufffd" * 100, encoding="utf-8")  # now that file is old
+    tokens = gpt.load_tokens(path, gpt.Tokenizer())
+    assert tokens.tolist() == gpt.Tokenizer().encode("the heather \ufffd" * 100)
+    assert [p.name for p in Path().iterdir()] == ["a.txt.gpt2.bin"]
+
+
+def test_two_runs_that_encode_at_once(gpt, tmp_path, monkeypatch):
+    path, write_file = tmp_path / "a.txt", gpt.write_file
+    path.write_text("the theatre " * 100)
+
+    def write_slowly(own, write):
+        """While this run writes, another one does it all."""
+        gpt.write_file = write_file
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        other.append(gpt.load_tokens(path, gpt.Tokenizer()))
+        write_file(own, write)
+
+    gpt.write_file, other = write_slowly, []
+    tokens = gpt.load_tokens(path, gpt.Tokenizer())
+    assert tokens.tolist() == other[0].tolist() == gpt.Tokenizer().encode("the theatre " * 100)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_estimate_loss_is_exact(gpt, model):
@@ -415,15 +441,27 @@ def test_windows_and_steps_that_do_not_fit(gpt, run, monkeypatch):
             run("--init", "scratch")
 
 
+def test_from_scratch_every_position_is_trained(gpt, run, monkeypatch):
+    run("--init", "scratch")
+    assert gpt.load_checkpoint("gpt2.pt", CPU)[0].block_size == gpt.WINDOW < gpt.BLOCK_SIZE
+    for name, value in (("QKV_BIAS", False), ("VOCAB_SIZE", 320)):
+        with monkeypatch.context() as patch, pytest.raises(gpt.UserError, match="weights need"):
+            patch.setattr(gpt, name, value)
+            run("--init", "pretrained")
+    with pytest.raises(gpt.UserError, match="MAX_VAL_TOKENS"):
+        monkeypatch.setattr(gpt, "MAX_VAL_TOKENS", 1)
+        run("--init", "scratch")
+
+
 def test_bits_per_character_and_no_biases_on_q_k_and_v(gpt, run, monkeypatch):
     monkeypatch.setattr(gpt, "QKV_BIAS", False)
+    monkeypatch.setattr(gpt, "MAX_VAL_TOKENS", 50)
     results = run("--init", "scratch")
     assert gpt.load_checkpoint("gpt2.pt", CPU)[0].blocks[0].attention.qkv.bias is None
     ids = gpt.Tokenizer().encode(Path("tiny.txt").read_text())
-    val = ids[int(0.9 * len(ids)) :]
-    nats = results["val_loss"] * (len(val) - 1)
-    characters = len(gpt.Tokenizer().decode(val[1:]))
-    assert results["bits_per_character"] == pytest.approx(nats / characters / math.log(2))
+    val = ids[int(0.9 * len(ids)) :][:50]
+    nats, n = results["val_loss"] * (len(val) - 1), len(gpt.Tokenizer().decode(val[1:]))
+    assert results["bits_per_character"] == pytest.approx(nats / n / math.log(2))
 
 
 def test_a_validation_loss_that_rises_is_said_and_the_best_is_kept(gpt, run, monkeypatch, capsys):
@@ -437,14 +475,21 @@ def test_a_validation_loss_that_rises_is_said_and_the_best_is_kept(gpt, run, mon
 
 @pytest.mark.parametrize("broken", [True, False])
 def test_compiling_or_going_on_without(gpt, run, monkeypatch, capsys, broken):
+    graphs = []
+
     def fail(model):
         raise RuntimeError("no triton")
 
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     monkeypatch.setattr(gpt, "COMPILE", True)
-    eager = functools.partial(torch.compile, backend="eager")  # traces, but needs no C++ compiler
+    eager = functools.partial(torch.compile, backend=count)  # traces, but needs no C++ compiler
     monkeypatch.setattr(torch, "compile", fail if broken else eager)
     assert run("--init", "scratch")["steps"] == 4
     assert ("COMPILE = True does not work here" in capsys.readouterr().out) == broken
+    assert len(graphs) == (not broken)  # the batches of training fit what was compiled first
     for path in ("gpt2.pt", "gpt2.resume.pt"):
         assert not [name for name in torch.load(path)["weights"] if "_orig_mod" in name]
 
