@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import types
@@ -532,6 +533,17 @@ def test_from_the_download_to_resume(gpt, run, server, weights_file, monkeypatch
     assert set(rates) == {gpt.SCRATCH_LEARNING_RATE}
     with pytest.raises(gpt.UserError, match="--init"):
         run("--resume", "--init", "scratch", "--max-iters", "8")
+
+
+def test_a_checkpoint_goes_back_into_other_tools(gpt, run, monkeypatch):
+    """The block of the README, at a small size."""
+    run("--init", "scratch")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import torch, transformers.*?)```", readme, flags=re.S)
+    small = "GPT2Config(vocab_size=260, n_positions=16, n_embd=32, n_layer=2, n_head=4)"
+    assert "GPT2Config()" in code and "assert " in code
+    monkeypatch.setitem(sys.modules, "gpt2", gpt)
+    exec(code.replace("GPT2Config()", small), {})
 
 
 def test_larger_models_are_checked_too(gpt, run, server, monkeypatch):
