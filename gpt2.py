@@ -2,7 +2,7 @@
 
 Read char_gpt.py first: the model and its training are the same. In 2019, OpenAI trained GPT-2 on
 40 GB of text from the web. Fine-tuning trains these weights further, on a small text of another
-kind. It needs few steps, since they know English already. What is new, by definition:
+kind. It needs few steps, since they know English already. What is new, by class or function:
 - Tokenizer: tokens are pieces of words (BPE). 338,025 of them are the 1,115,394 characters of
   input.txt: a context of 1,024 tokens holds 3.3 times as much text.
 - load_tokens, get_batch, estimate_loss: the text is encoded once, into a file. Its parts are read
@@ -109,7 +109,7 @@ DROPOUT = 0.1  # raise it against overfitting (see split_text)
 # Optimization
 WINDOW = (
     1024 if ON_GPU else 256
-)  # tokens of a training window, up to BLOCK_SIZE; from scratch it is T
+)  # tokens of a training window, up to BLOCK_SIZE; from scratch, T is WINDOW
 BATCH_SIZE = 16 if ON_GPU else 4  # windows at a time; more: faster, as long as the memory lasts
 TOKENS_PER_STEP = 32_768 if ON_GPU else 1024  # more: a more exact gradient, and a slower step
 MAX_ITERS = 100  # training steps
@@ -186,7 +186,7 @@ def read_pieces(file, n_characters):
 
     White space only begins a token of GPT-2, or is one. It never follows a visible character in it.
     So a piece may end where white space follows a visible character. If there is no such place, it
-    ends after `n_characters`, and a word may be cut: its ids may differ.
+    ends with what was read, and a word may be cut: its ids may differ.
 
     >>> import io
     >>> list(read_pieces(io.StringIO("It is time to go"), n_characters=12))
@@ -195,7 +195,8 @@ def read_pieces(file, n_characters):
     rest = ""
     while more := file.read(n_characters):
         rest += more
-        place = re.match(r".*\S(?=[ \n])", rest, re.DOTALL)  # .*: as late as possible
+        # As late as possible (.*): a visible character (\S) with a space or newline after it.
+        place = re.match(r".*\S(?=[ \n])", rest, re.DOTALL)
         cut = place.end() if place else len(rest)
         yield rest[:cut]
         rest = rest[cut:]
@@ -233,7 +234,8 @@ def load_tokens(path, tokenizer):
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8: save it as UTF-8") from error
         os.replace(own, kept)
-    # The key has the length of 32 ids. A private map (shared=False) must fit into the memory.
+    # The key has the length of 32 ids. PyTorch opens a shared map for writing. Without that right,
+    # the map is private, and must fit into the memory.
     size, shared = kept.stat().st_size // 2, os.access(kept, os.W_OK)
     return torch.from_file(str(kept), shared=shared, size=size, dtype=torch.uint16)[32:]
 
@@ -298,7 +300,7 @@ class Head(nn.Module):
     def forward(self, q, k, v):
         """Attend. All three are (B, H, T, hs), made by MultiHead, and so is the result.
 
-        With a Cache that has earlier tokens, q is of the newest one, k and v are of all S."""
+        With a Cache that has earlier tokens, q is of the newest, k and v are of all S tokens."""
         # This function computes what char_gpt.py writes out: scores / √hs, mask, softmax, average.
         # An average needs only two running sums: of exp(score), and of exp(score) · v. So it works
         # in small squares of the scores, and never stores all T x T of them (Dao et al. 2022, arXiv
@@ -373,8 +375,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """Transform each position: (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
-        # gelu is a smooth relu: gelu(3) = 3.00, gelu(1) = 0.84, gelu(-1) = -0.16, so that negative
-        # numbers learn as well (Hendrycks and Gimpel 2016, arXiv 1606.08415); tanh as in GPT-2.
+        # gelu is a smooth relu: 3.00 for 3, 0.84 for 1, -0.16 for -1. Below 0, relu has gradient 0,
+        # gelu has not (Hendrycks and Gimpel 2016, arXiv 1606.08415). GPT-2 approximates it by tanh.
         return self.dropout(self.shrink(F.gelu(self.expand(x), approximate="tanh")))
 
 
@@ -513,7 +515,7 @@ def load_pretrained(path, **sizes):
                 weights[ours[name]] = part.t().contiguous() if is_turned else part
         weights["lm_head.weight"] = weights["token_embedding.weight"]
         model.load_state_dict(weights, assign=True)
-        model.tie_weights()
+        model.tie_weights()  # assign=True has made two parameters of the one
         model.init = "pretrained"
         return model
     except Exception as error:  # a file from a stranger can be wrong in any way
@@ -570,12 +572,12 @@ def train_step(model, optimizers, x, y, lr):
     The plainest rule, with one parameter w = 2, loss w², gradient 2w = 4 and rate 0.1: w becomes
     2 - 0.1 · 4 = 1.6, and the loss falls from 4 to 2.56.
 
-    The gradient of a sum is the sum of the gradients. So the B windows come in several batches, and
-    their gradients are added: the same step, with the memory of one batch."""
+    The gradient of a sum is the sum of the gradients. So the windows of a step come in batches,
+    whose gradients are added: the same step, but only one batch's results wait for `backward`."""
     model.train()  # switches dropout on
     total, batches = 0.0, list(zip(x.split(BATCH_SIZE), y.split(BATCH_SIZE), strict=True))
     for i, (xs, ys) in enumerate(batches):
-        # no_sync: processes exchange gradients only once in a step, at the last batch.
+        # Processes average their gradients (see parallelize). no_sync: only at the last batch.
         wait = N_RANKS > 1 and i < len(batches) - 1
         with model.no_sync() if wait else contextlib.nullcontext():
             loss = model(xs, ys)[1] * (len(xs) / len(x))  # its share of the mean of all windows
@@ -713,11 +715,12 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 
 
 def for_generation(model):
-    """Return a copy of the model that writes faster, and shares what it can.
+    """Return a copy of the model that writes faster, or the model itself if there is none.
 
     For one new token, each weight is read from memory and used in one multiplication. The reading
     takes longer, so it sets the time. (In training, a weight once read serves many tokens.) Weights
-    of 16 bits have half the bytes: bfloat16 on a GPU, float16 on a CPU."""
+    of 16 bits have half the bytes: float16 on a CPU, for the weights only. On a GPU all numbers are
+    bfloat16, which has the range of float32, so that none is too large for it."""
     device = next(model.parameters()).device
     if not HALF_WEIGHTS or device.type == "mps":
         return model
@@ -725,7 +728,8 @@ def for_generation(model):
         return copy.deepcopy(model).bfloat16() if has_bfloat16(device) else model
     if "fbgemm" not in torch.backends.quantized.supported_engines:  # not on every CPU
         return model
-    quick = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # with the same parameters
+    # deepcopy takes what this dict holds as copied already: both models have the same parameters.
+    quick = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     places = [
         (module, name, child)
         for module in quick.modules()

@@ -13,7 +13,7 @@ text, in the order of the file:
   <pad> on its right. This needs no further mask: Head's mask already hides what is on the right.
   The loss must not count it: to predict <pad> after <pad> is easy, and useless.
 - AdaptiveSoftmax: logits of 37,000 words would be most of a step; it computes only a part of them
-- estimate_loss, measure: accuracy is the share of tokens that the model thought the likeliest; the
+- estimate_loss: accuracy is the share of tokens that the model thought the likeliest; the
   perplexity is e^loss: the model is as unsure as if choosing among this many equally likely tokens
 - beam_search: looks for the likeliest text, which is dull
 - attention_weights: shows which words each word looks at, as a picture
@@ -26,8 +26,8 @@ text, in the order of the file:
     python word_gpt.py --data mytext.txt              train on paragraphs of a text; -h: all flags
 
 Measured with the defaults (2 cores of an Intel Xeon with bfloat16, Linux, Python 3.11, SEED 1337,
-torch 2.13.0): 5 min 7 s; V = 36,980; 1.31% of the validation words are <unk>. Over all of them, the
-loss is 5.3361 nats per word (5.3513 without <unk>; ln V = 10.5181), the accuracy 17.88%, and the
+torch 2.13.0): 5 min 7 s; V = 36,980; 1.31% of the validation tokens are <unk>. Over all of them,
+the loss is 5.3361 nats a token (5.3513 without <unk>; ln V = 10.5181), the accuracy 17.88%, the
 perplexity 207.7. A word has many characters: its loss does not compare with that of one. It writes:
 
     i think this movie was as good as the young woman the moral of the greatest part of living dead
@@ -125,7 +125,7 @@ class Replacements(dict):
         character, kind = chr(code), unicodedata.category(chr(code))
         if self.cleaning == "reference":
             self[code] = character if "a" <= character <= "z" else " " * character.isspace()
-        elif character in "'’`´\ufe0f" or kind == "Cf":  # don't -> dont; the others are invisible
+        elif character in "'’`´\ufe0f" or kind == "Cf":  # don't -> dont; \ufe0f, Cf: invisible
             self[code] = None
         else:  # L...: a letter, M...: a mark on it, N...: a digit
             self[code] = character if kind[0] in "LMN" else " "
@@ -155,7 +155,7 @@ def clean(text, cleaning):
     gap = " " if cleaning == "spaced" else ""
     text = re.sub(r"<[^<>]*>|http\S+|www\.\S+", gap, text.lower())
     if "@" in text:
-        text = re.sub(r"(?<!\S)\S+@\S+\.\S+", gap, text)  # from a word's beginning: not slow
+        text = re.sub(r"(?<!\S)\S+@\S+\.\S+", gap, text)  # (?<!\S): at a word's start; else slow
     text = unicodedata.normalize("NFC", text)  # é can be one character, or e and a mark: now one
     words = text.translate(REPLACEMENTS[cleaning]).split()
     return " ".join([word for word in words if not word.isnumeric()])
@@ -203,7 +203,7 @@ class Tokenizer:
 def split_documents(documents, train_share, val_share):
     """Return {"train": a list of clean documents, "val": ..., "test": the rest}, shuffled.
 
-    The archive has bad reviews before good ones: unshuffled, no split would be like the others.
+    The archive ends with good reviews: unshuffled, validation and test would have no others.
     Validation chooses the best parameters, so its loss is a little too good. Therefore a third
     split, the test, is measured once, at the end."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(1337))
@@ -246,7 +246,7 @@ def cut_windows(split, starts, block_size):
 
     x and y are (B, T), int64."""
     tokens, edges = split
-    # bucketize returns the d with edges[d - 1] <= start < edges[d]: it ends at edges[d] - 1.
+    # bucketize: document d (from 1) has edges[d - 1] <= start < edges[d]; it ends at edges[d] - 1.
     last = edges[torch.bucketize(starts, edges, right=True)] - 1  # the place of the <eos>, (B, 1)
     places = starts + torch.arange(block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
     # Places after the <eos> become -100; in the input, clamp makes <pad> (0) of it.
@@ -258,7 +258,7 @@ def get_batch(split, batch_size, block_size, device):
     """Return random windows of the documents, and for each position its target: see cut_windows.
 
     A window that would reach beyond its document is moved back until its last target is <eos>: no
-    place is wasted. So are 28% of the windows of the reviews. Only short documents leave <pad>."""
+    place is wasted. This moves 28% of the reviews' windows. Only short documents leave <pad>."""
     tokens, edges = split
     starts = torch.randint(len(tokens), (batch_size, 1))  # from 0 to N - 1
     document = torch.bucketize(starts, edges, right=True)
@@ -412,7 +412,7 @@ class AdaptiveSoftmax(nn.Module):
         self.rows = [len(sizes) + edges[0], *sizes]  # of each softmax: 5, 2 and 2 above
         self.weight = nn.Parameter(torch.empty(sum(self.rows), n_embed))
         self.bias = nn.Parameter(torch.zeros(sum(self.rows)))
-        for group, size in enumerate(sizes):  # exp(ln size) = size: as likely as all its words
+        for group, size in enumerate(sizes):  # exp(ln size) = size · exp(0): size equal words
             nn.init.constant_(self.bias[group], math.log(size))
 
     def embed(self, idx):
@@ -425,7 +425,7 @@ class AdaptiveSoftmax(nn.Module):
 
     def logits(self, x, softmax):
         """Return the logits of one softmax: (N, C) @ (C, its rows) -> (N, its rows)."""
-        # N is the number of rare targets, for one. PyTorch prepares a product anew for each new N,
+        # N varies: T, or the number of targets. PyTorch prepares a product anew for each new N,
         # which costs time and memory. So zeros fill it up to a multiple of 64.
         N = x.shape[-2]
         return F.linear(F.pad(x, (0, 0, 0, -N % 64)), *softmax)[..., :N, :].float()
@@ -467,7 +467,7 @@ class AdaptiveSoftmax(nn.Module):
         if not with_hits:
             return None, losses
         # Skip this at the first reading: it avoids most logits. What can still be a hit? A frequent
-        # target must be the best frequent word, a rare one (-losses is ln P) must be likelier.
+        # target must be the best frequent word, a rare one (-losses is ln P) likelier than it.
         best, guess = first[:, n_groups:].max(-1)  # ln P of the likeliest word so far, and its id
         hits = torch.where(group < 0, guess == targets, -losses > best)
         for g, cutoff in enumerate(self.cutoffs):
@@ -498,9 +498,9 @@ class LM(nn.Module):
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = AdaptiveSoftmax(vocab_size, n_embed, cutoffs)  # embeds the tokens as well
         # Small parameters make small logits, so nearly equal probabilities: the loss starts just
-        # above ln V, as the small differences are random. Positions are as small as the words are.
+        # above ln V, as the small differences are random. Positions of std 1 would hide the words.
         nn.init.normal_(self.lm_head.weight, std=0.02)  # 0.02 as in GPT-2
-        nn.init.normal_(self.position_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)  # by default 1
 
     def forward(self, idx, targets=None, each=False):
         """Return (logits (B, T, V), None) for idx (B, T), or with targets (B, T), (None, loss).
@@ -716,7 +716,7 @@ def beam_search(model, ids, max_new_tokens, beams):
     continued, and of all their continuations again the likeliest `beams` are kept. One beam is the
     greedy choice. A phrase that fits any film is likely, each special detail is unlikely: so the
     result is dull, and repeats itself. People do not write what is likeliest (Holtzman et al.
-    2019). It prefers short texts, since each token makes a text less likely."""
+    2019). The search prefers short texts, since each token makes a text less likely."""
     check(len(ids) > 0, "the prompt is empty: give some text to continue")
     model.eval()  # switches dropout off
     kept = [(0.0, [])]  # (ln of the probability, new ids), the likeliest first
@@ -744,6 +744,7 @@ def attention_weights(model, ids):
     With the identity matrix as v, that is the weights: no line of Head has to change."""
     found = []
 
+    # A hook: PyTorch calls look(head, inputs, output) after each call of a head.
     def look(head, inputs, output):
         """Call a head that has just worked on q, k, v (1, H, T, hs) once more, with another v."""
         q, k, _ = inputs
@@ -754,7 +755,6 @@ def attention_weights(model, ids):
             found.append(head.forward(q.float(), k.float(), identity)[0].cpu())
 
     model.eval()  # switches dropout off
-    # A hook: PyTorch calls look(head, inputs, output) after each call of a head.
     hooks = [block.attention.head.register_forward_hook(look) for block in model.blocks]
     model(torch.tensor([ids], device=next(model.parameters()).device))
     for hook in hooks:
