@@ -765,7 +765,7 @@ def attention_weights(model, ids):
 # Try this, one edit at a time, with --max-iters 300 (unchanged: a loss of 5.9435 in 1 min 43 s):
 # - MIN_FREQ = 500: 4.3052 in 52 s. It looks better, but now 18% of the words are <unk>.
 # - CUTOFFS = (): 5.9152 in 5 min 37 s. The loss is hardly lower, for three times the time.
-# - TEMPERATURE = 0: @@TRY@@
+# - TEMPERATURE = 0: "... i was a good movie i was a good movie i was ...": the likeliest is dull.
 
 
 # --- 6. Files. The lesson ends here: what follows are files, flags and errors. --------------------
