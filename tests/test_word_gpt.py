@@ -13,7 +13,7 @@ from hashlib import sha256
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_one_line_error, edited_copy, load_fresh, run_child
+from conftest import ROOT, assert_one_line_error, drawn, edited_copy, load_fresh, run_child
 from torch import nn
 
 CPU = torch.device("cpu")
@@ -376,13 +376,14 @@ def test_beam_search_against_brute_force(gpt):
     better_than_greedy = ended = 0
     for seed in range(10):
         torch.manual_seed(seed)
-        tiny = gpt.LM(vocab_size=6, block_size=4, n_embed=8, n_heads=2, n_layers=1, dropout=0.0)
+        tiny = gpt.LM(vocab_size=6, block_size=4, n_embed=8, n_heads=2, n_layers=1, dropout=0.5)
+        tiny.eval()
         for parameter in tiny.parameters():
             nn.init.normal_(parameter, std=0.8)
         every = [[*new, 2] for n in range(4) for new in itertools.product((3, 4, 5), repeat=n)]
         every += map(list, itertools.product((3, 4, 5), repeat=4))
         best = max(every, key=lambda new: log_probability(tiny, [3, 5], new))
-        found, score = gpt.beam_search(tiny, [3, 5], 4, beams=500)
+        found, score = gpt.beam_search(tiny.train(), [3, 5], 4, beams=500)
         assert found == best and score == pytest.approx(
             log_probability(tiny, [3, 5], best), rel=1e-4
         )
@@ -414,12 +415,15 @@ def test_attention_weights_are_those_that_the_model_used(gpt, model, bfloat16):
 # --- whole runs -----------------------------------------------------------------------------------
 def test_a_whole_run(gpt, tmp_path, monkeypatch, reviews, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "words.txt").write_text("\n\n".join(reviews), encoding="utf-8")
+    texts = [f"{review} x{i}y" for i, review in enumerate(reviews)]  # each has an unknown word
+    (tmp_path / "words.txt").write_text("\n\n".join(texts), encoding="utf-8")
     for name, value in TINY.items():
         monkeypatch.setattr(gpt, name, value)
     results = gpt.main(["--beams", "2"])
     model, tokenizer = gpt.load_checkpoint("word_gpt.pt", CPU)
     parts = gpt.split_documents(gpt.read_documents(tmp_path / "words.txt"), 0.8, 0.1)
+    assert tokenizer.vocabulary == gpt.build_vocabulary(parts["train"], 2)
+    assert tokenizer.vocabulary != gpt.build_vocabulary(parts["train"] + parts["val"], 2)
     splits = gpt.split_text(parts, tokenizer)
     for part in ("val", "test"):
         metrics = gpt.estimate_loss(model, splits[part], 4)
@@ -429,6 +433,10 @@ def test_a_whole_run(gpt, tmp_path, monkeypatch, reviews, capsys):
         assert results[part]["bits_per_character"] == pytest.approx(nats / math.log(2) / characters)
     assert results["val_loss"] == results["val"]["loss"]
     assert "2 beams: " in capsys.readouterr().out
+    history = torch.load("word_gpt.resume.pt", weights_only=True)["history"]
+    _, axes = drawn(monkeypatch, lambda: gpt.save_run(model, tokenizer, [], history, ""))
+    for line, split in zip(axes.get_lines(), ("train", "val"), strict=True):
+        assert list(line.get_ydata()) == [entry[split]["accuracy"] for entry in history.values()]
     picture = (tmp_path / gpt.PICTURE).read_bytes()
     gpt.main(["--seed", "2"])
     assert (tmp_path / f"previous.{gpt.PICTURE}").read_bytes() == picture > b"\x89PNG"
