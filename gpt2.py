@@ -108,9 +108,7 @@ N_HEADS = SIZES.get(MODEL, (0, 0, 0))[2]  # H; must divide N_EMBED; a head size 
 QKV_BIAS = True  # biases on q, k and v: OpenAI's weights have them, most newer models do not
 DROPOUT = 0.1  # raise it against overfitting (see split_text)
 # Optimization
-WINDOW = (
-    1024 if ON_GPU else 256
-)  # tokens of a training window, up to BLOCK_SIZE; from scratch, T is WINDOW
+WINDOW = 1024 if ON_GPU else 256  # tokens of a training window; from scratch, it is T as well
 BATCH_SIZE = 16 if ON_GPU else 4  # windows at a time; more: faster, as long as the memory lasts
 TOKENS_PER_STEP = 32_768 if ON_GPU else 1024  # more: a more exact gradient, and a slower step
 MAX_ITERS = 100  # training steps
@@ -129,9 +127,7 @@ SAMPLE_TOKENS = 200  # length of the continuation, in tokens
 TEMPERATURE = 0.8  # 0: always the most likely token; 1: the model's own probabilities
 TOP_K = 50  # draw among this many most likely tokens only; None: among all
 TOP_P = None  # draw among the most likely tokens that have this probability together; None: all
-HALF_WEIGHTS = (
-    True  # write with 16 bits per weight: faster; float16 is precise to 3 digits, bfloat16 to 2
-)
+HALF_WEIGHTS = True  # write with 16 bits per weight: faster, and precise to 2 or 3 digits
 # OpenAI's weights
 WEIGHTS_URL = "https://huggingface.co/openai-community/{}/resolve/{}/model.safetensors"
 REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # of gpt2
