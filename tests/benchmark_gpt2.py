@@ -189,7 +189,9 @@ def start(turns=3):
         with subprocess.Popen(command, cwd=folder(), stdout=subprocess.PIPE) as child:
             printed = b""
             while b"START" not in printed[:-1]:
-                printed += child.stdout.read(1)
+                if not (byte := child.stdout.read(1)):
+                    sys.exit("start: gpt2.py has ended without a sample")
+                printed += byte
             took.append(time.perf_counter() - begin)
             print("start: " + child.stdout.read().decode().strip().split("\n")[-1])
     print(f"start: the first token after {statistics.median(took):.2f} s, of {turns} runs")
