@@ -1,8 +1,8 @@
 """GPT-2 in one file: it takes OpenAI's weights, or random ones, and trains them on any text.
 
-Read char_gpt.py first: the model and its training are the same. In 2019, OpenAI trained GPT-2 on
-40 GB of text from the web. Fine-tuning trains these weights further, on a small text of another
-kind. It needs few steps, since they know English already. What is new, by class or function:
+Read char_gpt.py first: the model and its training work the same way. In 2019, OpenAI trained
+GPT-2 on 40 GB of text from the web. Fine-tuning trains these weights further, on a small text of
+another kind. It needs few steps: they know English already. What is new, by class or function:
 - Tokenizer: tokens are pieces of words (BPE). 338,025 of them are the 1,115,394 characters of
   input.txt: a context of 1,024 tokens holds 3.3 times as much text.
 - load_tokens, get_batch, estimate_loss: the text is encoded once, into a file. Its parts are read
@@ -16,7 +16,7 @@ kind. It needs few steps, since they know English already. What is new, by class
 - load_pretrained: OpenAI's weights fit into LM: rename them, transpose some
 - make_optimizers: AdamW alone, as in OpenAI's first GPT, so that published settings fit. In the
   small steps of a CPU, Muon's products would take longer than all the rest.
-- train_step: the gradient of a step is added up over several batches: one would not fit in memory
+- train_step: adds up the gradients of several batches: all at once would not fit in memory
 - parallelize, join_processes: a compiled model; several GPUs that share each step
 - for_generation: weights of 16 bits, because a new token takes as long as reading all weights
 - write_sample, stream: a character can have several tokens; it is printed when it is whole
@@ -31,9 +31,9 @@ kind. It needs few steps, since they know English already. What is new, by class
 
 Measured with random weights (2 cores of an Intel Xeon with bfloat16, Linux, Python 3.11, torch
 2.13.0): 124,439,808 parameters; a step of 4 x 256 tokens takes 1.43 s, and 1.94 s in Hugging Face's
-transformers 5.23.0; it writes 51.7 tokens per second, transformers (float32) 35.8. How far the loss
-falls was not measured: OpenAI's weights were not at hand. Losses per token do not compare with
-those of char_gpt.py, as a token is 3.3 characters here: bits per character do.
+transformers 5.23.0; it writes 51.7 tokens per second, transformers (float32) 35.8. How far
+fine-tuning lowers the loss was not measured: OpenAI's weights were not at hand. Losses per token do
+not compare with those of char_gpt.py, as a token is 3.3 characters here: bits per character do.
 
 PyTorch supplies tensors, gradients, AdamW, and layers such as Linear. Letters used in shapes:
     B   batch: pieces of text processed in parallel   H   heads per block
@@ -87,20 +87,20 @@ ON_GPU = torch.cuda.is_available()  # where a line has two values, the first is 
 DEVICES = ["cuda"] * ON_GPU + ["mps"] * torch.mps.is_available() + ["cpu"]  # fastest first
 DEVICE = DEVICES[0]
 SEED = 1337  # where all random numbers start: any number; another one gives another model
-N_RANKS = int(os.environ.get("WORLD_SIZE") or 1)  # processes that train together
-RANK = int(os.environ.get("RANK") or 0) % N_RANKS  # the number of this one; torchrun sets both
+N_RANKS = int(os.environ.get("WORLD_SIZE") or 1)  # copies of this program that train together
+RANK = int(os.environ.get("RANK") or 0) % N_RANKS  # number of this copy; torchrun sets both
 # Data
 DATA = "input.txt"  # any UTF-8 text; this one is in the repository, or is downloaded
 DATA_URL = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
 DATA_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TRAIN_SHARE = 0.9  # the first 90% of the text is for training, the rest only for measuring
-MAX_VAL_TOKENS = 1_000_000 if ON_GPU else 50_000  # of the rest, at most so many are used
+MAX_VAL_TOKENS = 1_000_000 if ON_GPU else 50_000  # at most so many tokens of the rest
 # Model
 INIT = "pretrained"  # begin with OpenAI's weights; "scratch": with random ones
 MODEL = "gpt2"  # which weights of OpenAI's: a name of SIZES; larger: better, and slower
 SIZES = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20)}
 SIZES["gpt2-xl"] = (1600, 48, 25)  # C, blocks, H: Radford et al. 2019, table 2, and their weights
-VOCAB_SIZE = 50_257  # V; from scratch on a GPU, 50_304 is faster: a multiple of 64
+VOCAB_SIZE = 50_257  # V; from scratch on a GPU, 50_304 is faster: 64 divides it
 BLOCK_SIZE = 1024  # T, tokens that the model sees; more: better, and slower
 N_EMBED = SIZES.get(MODEL, (0, 0, 0))[0]  # C; twice as many take up to 4 times as long
 N_LAYERS = SIZES.get(MODEL, (0, 0, 0))[1]  # blocks; more: better, and slower
@@ -148,8 +148,8 @@ class Tokenizer:
     a border. Otherwise "dog.", "dog!" and "dog?" would each use up a token. A space belongs to the
     word after it: "It is 12." becomes "It", " is", " 12", ".".
 
-    An example with three merges: t + h, th + e, and space + the. Here the id of a byte is the byte:
-    space 32, i 105, n 110. In " thin" only t + h is a merge, so it has four tokens:
+    An example with three merges, in the order of their ids: t + h, th + e, and space + the. The id
+    of a byte is the byte: space 32, i 105, n 110. In " thin" only t + h is a merge: four tokens.
 
     >>> ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" the": 258}
     >>> options = {"mergeable_ranks": ranks, "special_tokens": {}}
@@ -181,7 +181,7 @@ class Tokenizer:
 def read_pieces(file, n_characters):
     """Yield an open text in pieces. Encoded one by one, they give the ids of the whole text.
 
-    White space only begins a token of GPT-2, or is one. It never follows a visible character in it.
+    In a token of GPT-2, white space never follows a visible character: it comes first, or alone.
     So a piece may end where white space follows a visible character. If there is no such place, it
     ends with what was read, and a word may be cut: its ids may differ.
 
@@ -204,14 +204,14 @@ def load_tokens(path, tokenizer):
     """Return the ids of a UTF-8 text, (N,), uint16. They are in a file, not in memory.
 
     The first time, the text is encoded into PATH.gpt2.bin, a few pieces at a time. An id has two
-    bytes. Then the file is mapped: it looks like a tensor, and the system reads the parts that are
-    used. Its first 64 bytes say which version of the text it is of."""
+    bytes, enough for 65,536. Then the file is mapped: it looks like a tensor, and the system reads
+    the parts that are used. Its first 64 bytes say which version of the text it is of."""
     check(path.stat().st_size > 0, f"{path} is empty")
     key = f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns}".encode().ljust(64)
     for kept in (Path(f"{path}.gpt2.bin"), Path(f"{path.name}.gpt2.bin")):
         found = kept.open("rb").read(64) if kept.exists() else b""
         if found == key or os.access(path.parent, os.W_OK):
-            break  # otherwise one may not write beside the text, so it comes here
+            break  # no right to write beside the text: then the file comes here
 
     def write(file):
         """Write the file: the key, and the ids."""
@@ -231,14 +231,14 @@ def load_tokens(path, tokenizer):
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8: save it as UTF-8") from error
         os.replace(own, kept)
-    # The key has the length of 32 ids. PyTorch opens a shared map for writing. Without that right,
-    # the map is private, and must fit into the memory.
+    # The key has the length of 32 ids. A shared map of a file needs the right to write it. Without,
+    # PyTorch makes a private one, in which changes would stay in memory: it must fit there.
     size, shared = kept.stat().st_size // 2, os.access(kept, os.W_OK)
     return torch.from_file(str(kept), shared=shared, size=size, dtype=torch.uint16)[32:]
 
 
 def split_text(tokens, train_share, max_val_tokens, block_size):
-    """Return {"train": the first `train_share` of the tokens, "val": at most so many after them}.
+    """Return {"train": the first `train_share` of the tokens, "val": the next `max_val_tokens`}.
 
     The model trains on the first part only. On the second, the validation part, a low loss means
     that it learned how such texts are written. On the first, it may just know the text by heart.
@@ -299,9 +299,9 @@ class Head(nn.Module):
 
         With a Cache that has earlier tokens, q is of the newest, k and v are of all S tokens."""
         # This function computes what char_gpt.py writes out: scores / √hs, mask, softmax, average.
-        # An average needs only two running sums: of exp(score), and of exp(score) · v. So it works
-        # in small squares of the scores, and never stores all T x T of them (Dao et al. 2022, arXiv
-        # 2205.14135). is_causal adds the mask. The newest token alone may see all: no mask.
+        # An average is one running sum, of exp(score) · v, divided by another, of exp(score). So it
+        # works in small squares of the scores, and never stores all T x T of them (Dao et al. 2022,
+        # arXiv 2205.14135). is_causal adds the mask. A single new token may see all: no mask.
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
 
 
@@ -339,7 +339,7 @@ class MultiHead(nn.Module):
         check(n_embed % n_heads == 0, f"N_HEADS = {n_heads} does not divide N_EMBED = {n_embed}")
         self.n_heads = n_heads
         # Three layers in one matrix. GPT-2 has biases here. Softmax ignores k's, since
-        # q · (k + b) = q · k + q · b adds the same to a row. The projection's could replace v's.
+        # q · (k + b) = q · k + q · b adds the same to a row. The projection's bias can do v's.
         self.qkv = nn.Linear(n_embed, 3 * n_embed, bias=qkv_bias)
         self.head = Head()
         self.projection = nn.Linear(n_embed, n_embed)
@@ -372,8 +372,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """Transform each position: (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
-        # gelu is a smooth relu: 3.00 for 3, 0.84 for 1, -0.16 for -1. Below 0, relu has gradient 0,
-        # gelu has not (Hendrycks and Gimpel 2016, arXiv 1606.08415). GPT-2 approximates it by tanh.
+        # gelu(x) = x · P(normal number < x), a smooth relu: 3.00 for 3, 0.84 for 1, -0.16 for -1.
+        # Below 0, relu has gradient 0 and cannot learn, gelu can (Hendrycks and Gimpel 2016, arXiv
+        # 1606.08415). GPT-2 computes P approximately, by tanh.
         return self.dropout(self.shrink(F.gelu(self.expand(x), approximate="tanh")))
 
 
@@ -443,14 +444,14 @@ class LM(nn.Module):
     def forward(self, idx, targets=None, caches=None):
         """Return the logits (B, T, V) for idx (B, T), and the loss for targets (B, T), or None.
 
-        With caches, one for each block, idx comes after the tokens in them: T is 1, or they are
-        empty. Then only the last position, which predicts a new token, gets logits: (B, 1, V).
+        `caches` has one for each block. If they are empty, idx is the whole text so far, otherwise
+        one new token. With caches, only the last position gets logits, (B, 1, V): it predicts.
         The loss is the mean of -ln(softmax(logits)[target]) in nats; it skips targets of -100."""
         past = caches[0].length if caches else 0
         end = past + idx.shape[1]
         check(end <= self.block_size, f"more tokens than block_size = {self.block_size}")
         # bfloat16: 8 bits of precision, float32 has 24; twice as fast where the hardware has it.
-        # autocast converts the weights in each call: with caches, that takes longer than one token.
+        # autocast converts the weights in each call: for one token, that costs more than it saves.
         enabled = has_bfloat16(idx.device) and not caches
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=enabled):
             # An average does not depend on the order of its terms: without positions, block 1 could
@@ -486,7 +487,7 @@ def load_pretrained(path, **sizes):
 
     OpenAI computed x @ W, nn.Linear computes x @ Wᵀ: the matrices of the blocks are transposed. A
     safetensors file is 8 bytes with the length of its header, the header (JSON: {name: type, shape,
-    place}), and the numbers. It is mapped, as in load_tokens. Nothing in it can run.
+    place}), and the numbers. It is mapped, see load_tokens. Nothing in it can run.
 
     UserError: the file is damaged, or of another model."""
     try:
@@ -505,14 +506,14 @@ def load_pretrained(path, **sizes):
                 check(name in ours, f"{name:.50} is of another model")
                 check(entry["dtype"] == "F32", f"{name} has the type {entry['dtype']}")
                 begin, end = entry["data_offsets"]
-                # clone: a float32 must begin at a multiple of 4 bytes, which the file does not do.
+                # clone: a float32 must begin at a multiple of 4 bytes. In the file it may not.
                 part = data[begin:end].clone().view(torch.float32).view(entry["shape"])
                 check(part.sum().isfinite(), f"{name} is not finite")
                 is_turned = ".c_" in name and part.dim() == 2  # c_: the matrices of the blocks
                 weights[ours[name]] = part.t().contiguous() if is_turned else part
         weights["lm_head.weight"] = weights["token_embedding.weight"]
         model.load_state_dict(weights, assign=True)
-        model.tie_weights()  # assign=True has made two parameters of the one
+        model.tie_weights()  # assign=True put two new parameters in the place of one
         model.init = "pretrained"
         return model
     except Exception as error:  # a file from a stranger can be wrong in any way
@@ -527,14 +528,14 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     With `eval_iters`, at most that many batches are used, evenly spread: no randomness."""
     model.eval()  # switches dropout off: the whole model is measured
     T, device = model.block_size, next(model.parameters()).device
-    chosen = torch.arange(-(-(len(tokens) - 1) // T))  # windows side by side; the last is filled up
+    chosen = torch.arange(-(-(len(tokens) - 1) // T))  # numbers of windows; rounded up
     if eval_iters is not None and len(chosen) > eval_iters * batch_size:
         chosen = chosen[torch.linspace(0, len(chosen) - 1, eval_iters * batch_size).long()]
     total, count = 0.0, 0
     for windows in chosen.split(batch_size):
         places = windows[:, None] * T + torch.arange(T + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
         ids = tokens[places.clamp(max=len(tokens) - 1)].to(device, torch.int64)
-        targets = ids.masked_fill((places >= len(tokens)).to(device), -100)[:, 1:]  # the text ends
+        targets = ids.masked_fill((places >= len(tokens)).to(device), -100)[:, 1:]  # after the end
         n = (targets != -100).sum().item()
         total, count = total + model(ids[:, :-1], targets)[1].item() * n, count + n
     return {"loss": total / count}
@@ -569,12 +570,13 @@ def train_step(model, optimizers, x, y, lr):
     The plainest rule, with one parameter w = 2, loss w², gradient 2w = 4 and rate 0.1: w becomes
     2 - 0.1 · 4 = 1.6, and the loss falls from 4 to 2.56.
 
-    The gradient of a sum is the sum of the gradients. So the windows of a step come in batches,
-    whose gradients are added: the same step, but only one batch's results wait for `backward`."""
+    Here x, y are all windows of the step. The gradient of a sum is the sum of the gradients. So the
+    gradients of one batch after another are added: the same step. `backward` needs the results of
+    every layer, so they stay in memory until then, but now those of one batch only."""
     model.train()  # switches dropout on
     total, batches = 0.0, list(zip(x.split(BATCH_SIZE), y.split(BATCH_SIZE), strict=True))
     for i, (xs, ys) in enumerate(batches):
-        # Processes average their gradients (see parallelize). no_sync: only at the last batch.
+        # Processes average their gradients (see parallelize), at the last batch. no_sync: not yet.
         wait = N_RANKS > 1 and i < len(batches) - 1
         with model.no_sync() if wait else contextlib.nullcontext():
             loss = model(xs, ys)[1] * (len(xs) / len(x))  # its share of the mean of all windows
@@ -594,7 +596,7 @@ def parallelize(model):
 
     Each process has a copy of the model, and its own share of the windows. DistributedDataParallel
     averages their gradients in `backward`. The copies begin equal and make equal steps, so they
-    stay equal. What is returned has the parameters of `model`: a step changes both."""
+    stay equal. What is returned shares its parameters with `model`: a step changes both."""
     parallel = model
     if COMPILE:
         try:
@@ -606,7 +608,7 @@ def parallelize(model):
         except Exception as error:  # no compiler, no triton, an old GPU
             print(f"COMPILE = True does not work here, going on without it: {error!r:.100}")
             parallel = model
-        model.zero_grad()
+        model.zero_grad()  # forget the gradients of this trial
     return nn.parallel.DistributedDataParallel(parallel) if N_RANKS > 1 else parallel
 
 
@@ -716,16 +718,16 @@ def for_generation(model):
 
     For one new token, each weight is read from memory and used in one multiplication. The reading
     takes longer, so it sets the time. (In training, a weight once read serves many tokens.) Weights
-    of 16 bits have half the bytes: float16 on a CPU, for the weights only. On a GPU all numbers are
-    bfloat16, which has the range of float32, so that none is too large for it."""
+    of 16 bits have half the bytes. On a CPU, float16 (to 65,504, 11 bits of precision) for weights
+    only. On a GPU all numbers are bfloat16 (8 bits), with float32's range: none is too large."""
     device = next(model.parameters()).device
     if not HALF_WEIGHTS or device.type == "mps":
         return model
     if device.type == "cuda":
         return copy.deepcopy(model).bfloat16() if has_bfloat16(device) else model
-    if "fbgemm" not in torch.backends.quantized.supported_engines:  # not on every CPU
+    if "fbgemm" not in torch.backends.quantized.supported_engines:  # a library for such weights
         return model
-    # deepcopy takes what this dict holds as copied already: both models have the same parameters.
+    # What this dict holds, deepcopy does not copy. halve then replaces each nn.Linear of the copy.
     quick = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     places = [
         (module, name, child)

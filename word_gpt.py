@@ -5,15 +5,15 @@ text, in the order of the file:
 - clean: reviews contain web markup, links, capitals; a model learns only what is frequent
 - build_vocabulary, Tokenizer: tokens are words. The number of different words has no limit, so all
   rare ones share one token, <unk> (unknown). "Some rare word" is easier to predict than the word
-  itself, so the loss looks better than it is. "known" is the loss without the targets <unk>.
+  itself, so the loss looks better than it is. "known" skips <unk>: also without hard words.
 - split_documents, split_text: the text is many documents. Each ends with the token <eos> (end of
   sequence), so that the model learns when to stop. A document goes to one split as a whole:
   otherwise the model would already know one half of it when it is measured on the other.
-- cut_windows, get_batch: a window is part of one document. One that is too short is filled with
-  <pad> on its right. This needs no further mask: Head's mask already hides what is on the right.
+- cut_windows, get_batch: a window is part of one document. A short window is filled with <pad> on
+  its right. This needs no further mask: Head's mask already hides what is on the right.
   The loss must not count it: to predict <pad> after <pad> is easy, and useless.
 - AdaptiveSoftmax: logits of 37,000 words would be most of a step; it computes only a part of them
-- estimate_loss: accuracy is the share of tokens that the model thought the likeliest; the
+- estimate_loss, measure: accuracy is the share of targets that had the highest probability;
   perplexity is e^loss: the model is as unsure as if choosing among this many equally likely tokens
 - beam_search: looks for the likeliest text, which is dull
 - attention_weights: shows which words each word looks at, as a picture
@@ -115,13 +115,13 @@ PICTURE_TOKENS = 32  # words in the picture of the attention
 
 # --- 2. Data and tokenizer ------------------------------------------------------------------------
 class Replacements(dict):
-    """A table for str.translate: what cleaning replaces a character with. None removes it."""
+    """A table for str.translate: the replacement of a character. None removes it."""
 
     def __init__(self, cleaning):
         self.cleaning = cleaning
 
     def __missing__(self, code):
-        """Decide about the character with this code; Python asks where an entry is missing."""
+        """Decide about a code that the table lacks: Python calls this. The answer is stored."""
         character, kind = chr(code), unicodedata.category(chr(code))
         if self.cleaning == "reference":
             self[code] = character if "a" <= character <= "z" else " " * character.isspace()
@@ -155,7 +155,7 @@ def clean(text, cleaning):
     gap = " " if cleaning == "spaced" else ""
     text = re.sub(r"<[^<>]*>|http\S+|www\.\S+", gap, text.lower())
     if "@" in text:
-        text = re.sub(r"(?<!\S)\S+@\S+\.\S+", gap, text)  # (?<!\S): at a word's start; else slow
+        text = re.sub(r"(?<!\S)\S+@\S+\.\S+", gap, text)  # (?<!\S): only at a word's start, fast
     text = unicodedata.normalize("NFC", text)  # é can be one character, or e and a mark: now one
     words = text.translate(REPLACEMENTS[cleaning]).split()
     return " ".join([word for word in words if not word.isnumeric()])
@@ -203,8 +203,8 @@ class Tokenizer:
 def split_documents(documents, train_share, val_share):
     """Return {"train": a list of clean documents, "val": ..., "test": the rest}, shuffled.
 
-    The archive ends with good reviews: unshuffled, validation and test would have no others.
-    Validation chooses the best parameters, so its loss is a little too good. Therefore a third
+    The archive ends with reviews that praise: unshuffled, validation and test would have no others.
+    We keep the parameters with the lowest validation loss: partly luck. Therefore a third
     split, the test, is measured once, at the end."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(1337))
     documents = [documents[i] for i in order.tolist()]  # the same order for every SEED
@@ -237,7 +237,7 @@ def cut_windows(split, starts, block_size):
     """Return the windows that begin at the starts (B, 1), and for each position its target.
 
     A window never goes beyond its document: <pad> follows. Nothing comes after <eos>, so its target
-    is -100, which means "do not count". So are the targets of <pad>.
+    is -100, which means "do not count". The targets of <pad> are -100 too.
 
     >>> split = torch.tensor([5, 6, 7, 2, 8, 9, 2]), torch.tensor([0, 4, 7])  # 2 is <eos>
     >>> x, y = cut_windows(split, torch.tensor([[1]]), block_size=4)
@@ -246,7 +246,7 @@ def cut_windows(split, starts, block_size):
 
     x and y are (B, T), int64."""
     tokens, edges = split
-    # bucketize: document d (from 1) has edges[d - 1] <= start < edges[d]; it ends at edges[d] - 1.
+    # bucketize returns d with edges[d - 1] <= start < edges[d]: the document, counted from 1.
     last = edges[torch.bucketize(starts, edges, right=True)] - 1  # the place of the <eos>, (B, 1)
     places = starts + torch.arange(block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
     # Places after the <eos> become -100; in the input, clamp makes <pad> (0) of it.
@@ -387,11 +387,11 @@ class Block(nn.Module):
 class AdaptiveSoftmax(nn.Module):
     """The last layer, for a large V (Grave et al. 2016, arXiv 1609.04309; here simplified).
 
-    Logits of all words would be most of the work of a step, and most words are rare. So a word is
-    chosen in two steps: a frequent word or a group of rarer ones; then, for a group, a word of it.
-    P(word) = P(group) · P(word in its group). In a group, the latter have the sum 1, so its words
-    get P(group) together, and all words the sum 1. The ids are sorted by frequency, so groups are
-    ranges of ids. For V = 7 and the cutoffs 3 and 5, where wi has the id i, and g0 means w3 or w4:
+    Logits of all words would be most of the work of a step, and most words are rare. A word
+    takes two choices: a frequent word or a group of rarer ones; then, for a group, a word of it.
+    P(rare word) = P(group) · P(word in its group). In a group, the latter have the sum 1: its words
+    get P(group) together, and all words 1. Word ids are sorted by frequency, so groups are ranges.
+    For V = 7 and the cutoffs 3 and 5, where wi has the id i, and g0 means w3 or w4:
 
         row of the weight    0   1   2   3   4     5   6     7   8
         its logit is of     g0  g1  w0  w1  w2  |  w3  w4  |  w5  w6
@@ -399,7 +399,7 @@ class AdaptiveSoftmax(nn.Module):
 
     A step needs the first softmax for each target, and another one only where the target is rare.
     The rows of words are the token embedding as well (weight tying, Press and Wolf 2016, arXiv
-    1608.05859): what a word means is learned once, from reading and from predicting it."""
+    1608.05859): one vector per word is learned, from reading and from predicting it."""
 
     def __init__(self, vocab_size, n_embed, cutoffs):
         super().__init__()
@@ -410,9 +410,9 @@ class AdaptiveSoftmax(nn.Module):
         self.cutoffs = edges[:-1]
         sizes = [end - begin for begin, end in pairwise(edges)]  # of the groups
         self.rows = [len(sizes) + edges[0], *sizes]  # of each softmax: 5, 2 and 2 above
-        self.weight = nn.Parameter(torch.empty(sum(self.rows), n_embed))
+        self.weight = nn.Parameter(torch.empty(sum(self.rows), n_embed))  # LM fills it
         self.bias = nn.Parameter(torch.zeros(sum(self.rows)))
-        for group, size in enumerate(sizes):  # exp(ln size) = size · exp(0): size equal words
+        for group, size in enumerate(sizes):  # at first, a group is as likely as `size` words
             nn.init.constant_(self.bias[group], math.log(size))
 
     def embed(self, idx):
@@ -420,13 +420,13 @@ class AdaptiveSoftmax(nn.Module):
         return F.embedding(idx + len(self.cutoffs), self.weight)
 
     def softmaxes(self):
-        """Return (weight, bias) of each softmax: its rows of the whole."""
+        """Return one (weight, bias) per softmax: its own rows of the whole."""
         return [*zip(self.weight.split(self.rows), self.bias.split(self.rows), strict=True)]
 
     def logits(self, x, softmax):
         """Return the logits of one softmax: (N, C) @ (C, its rows) -> (N, its rows)."""
         # N varies: T, or the number of targets. PyTorch prepares a product anew for each new N,
-        # which costs time and memory. So zeros fill it up to a multiple of 64.
+        # which costs time and memory. Rows of zeros fill x to a multiple of 64.
         N = x.shape[-2]
         return F.linear(F.pad(x, (0, 0, 0, -N % 64)), *softmax)[..., :N, :].float()
 
@@ -466,8 +466,8 @@ class AdaptiveSoftmax(nn.Module):
             losses = losses.index_add(0, rows, inside)  # -ln P(word in its group)
         if not with_hits:
             return None, losses
-        # Skip this at the first reading: it avoids most logits. What can still be a hit? A frequent
-        # target must be the best frequent word, a rare one (-losses is ln P) likelier than it.
+        # Skip this at the first reading: it finds hits without most logits. A frequent target must
+        # be the best frequent word. A rare one (-losses is ln P) must be likelier than that word.
         best, guess = first[:, n_groups:].max(-1)  # ln P of the likeliest word so far, and its id
         hits = torch.where(group < 0, guess == targets, -losses > best)
         for g, cutoff in enumerate(self.cutoffs):
@@ -498,7 +498,7 @@ class LM(nn.Module):
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = AdaptiveSoftmax(vocab_size, n_embed, cutoffs)  # embeds the tokens as well
         # Small parameters make small logits, so nearly equal probabilities: the loss starts just
-        # above ln V, as the small differences are random. Positions of std 1 would hide the words.
+        # above ln V, thanks to the groups' biases. Positions of std 1 would hide such small words.
         nn.init.normal_(self.lm_head.weight, std=0.02)  # 0.02 as in GPT-2
         nn.init.normal_(self.position_embedding.weight, std=0.02)  # by default 1
 
@@ -506,7 +506,7 @@ class LM(nn.Module):
         """Return (logits (B, T, V), None) for idx (B, T), or with targets (B, T), (None, loss).
 
         For the loss, most logits are not computed at all. With `each`, it returns the hits and
-        losses of all targets instead: see AdaptiveSoftmax.score.
+        losses of real targets instead: see AdaptiveSoftmax.score.
         The loss is the mean of -ln(softmax(logits)[target]) in nats; it skips targets of -100."""
         check(idx.shape[1] <= self.block_size, f"more tokens than block_size = {self.block_size}")
         # bfloat16: 8 bits of precision, float32 has 24; twice as fast where the hardware has it.
@@ -523,7 +523,7 @@ class LM(nn.Module):
 def estimate_loss(model, split, batch_size, eval_iters=None):
     """Return {"loss": nats per token, "known": the same without <unk>, "accuracy"} for a split.
 
-    Documents are cut into windows side by side: all tokens but the first of each are targets once.
+    Documents are cut into windows side by side. Each token but a document's first is a target once.
     With `eval_iters`, at most that many batches are used, evenly spread: no randomness."""
     model.eval()  # switches dropout off: the whole model is measured
     T, device = model.block_size, next(model.parameters()).device
@@ -713,10 +713,10 @@ def beam_search(model, ids, max_new_tokens, beams):
     """Return (new ids, ln of their probability): the likeliest continuation that the search finds.
 
     The likeliest next token can lead to unlikely texts. So the `beams` likeliest texts are all
-    continued, and of all their continuations again the likeliest `beams` are kept. One beam is the
-    greedy choice. A phrase that fits any film is likely, each special detail is unlikely: so the
-    result is dull, and repeats itself. People do not write what is likeliest (Holtzman et al.
-    2019). The search prefers short texts, since each token makes a text less likely."""
+    continued, and of all continuations the likeliest `beams` are kept. One beam is the greedy
+    choice. A phrase that fits any film is likely, a special detail is not: the result is dull. It
+    repeats itself: what was likely once is so again. People do not write what is likeliest
+    (Holtzman et al. 2019). It prefers short texts: each token makes a text less likely."""
     check(len(ids) > 0, "the prompt is empty: give some text to continue")
     model.eval()  # switches dropout off
     kept = [(0.0, [])]  # (ln of the probability, new ids), the likeliest first
@@ -741,16 +741,16 @@ def attention_weights(model, ids):
     """Return the weights of the attention for a list of at most T ids: for each block, (H, T, T).
 
     Row t tells how position t weighs the positions 0 to t; its sum is 1. Head returns weights @ v.
-    With the identity matrix as v, that is the weights: no line of Head has to change."""
+    With the identity matrix as v of all heads, that is the weights: Head need not change."""
     found = []
 
-    # A hook: PyTorch calls look(head, inputs, output) after each call of a head.
+    # A hook: PyTorch calls look(head, inputs, output) after each call of a Head.
     def look(head, inputs, output):
-        """Call a head that has just worked on q, k, v (1, H, T, hs) once more, with another v."""
+        """Call a Head that has just worked on q, k, v (1, H, T, hs) once more, with another v."""
         q, k, _ = inputs
         identity = torch.eye(len(ids), device=q.device)
         # head(...) would call this function again, without end; head.forward(...) does not. No
-        # bfloat16: it would round the weights to 3 digits.
+        # bfloat16: it would round the weights to 2 digits.
         with torch.autocast(q.device.type, enabled=False):
             found.append(head.forward(q.float(), k.float(), identity)[0].cpu())
 
@@ -765,7 +765,7 @@ def attention_weights(model, ids):
 # Try this, one edit at a time, with --max-iters 300 (unchanged: a loss of 5.9435 in 1 min 43 s):
 # - MIN_FREQ = 500: 4.3052 in 52 s. It looks better, but now 18% of the words are <unk>.
 # - CUTOFFS = (): 5.9152 in 5 min 37 s. The loss is hardly lower, for three times the time.
-# - TEMPERATURE = 0: "... i was a good movie i was a good movie i was ...": the likeliest is dull.
+# - TEMPERATURE = 0: "... i was a good movie i was a good movie i was ...": greedy is dull.
 
 
 # --- 6. Files. The lesson ends here: what follows are files, flags and errors. --------------------
