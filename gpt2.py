@@ -35,7 +35,7 @@ transformers 5.23.0; it writes 51.7 tokens per second, transformers (float32) 35
 fine-tuning lowers the loss was not measured: OpenAI's weights were not at hand. Losses per token do
 not compare with those of char_gpt.py, as a token is 3.3 characters here: bits per character do.
 
-PyTorch supplies tensors, gradients, AdamW, and layers such as Linear. Letters used in shapes:
+PyTorch supplies tensors (arrays), gradients, AdamW, layers. Calling one runs its forward. Shapes:
     B   batch: pieces of text processed in parallel   H   heads per block
     T   time: tokens in one piece                     hs  head size, C / H
     C   channels: numbers that represent one token    V   vocabulary: number of different tokens
@@ -60,7 +60,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -82,13 +81,14 @@ from torch import nn
 from torch.ao.nn.quantized.dynamic import Linear as HalfLinear
 
 # --- 1. Hyperparameters: edit them, and run again. Each is explained where it is used. ------------
-NAME = "gpt2"  # a run writes NAME.pt, NAME.resume.pt and NAME.png
+NAME = "gpt2"  # names of files: NAME.pt, NAME.resume.pt, NAME.png and NAME.lock
 ON_GPU = torch.cuda.is_available()  # where a line has two values, the first is for a CUDA GPU
-DEVICES = ["cuda"] * ON_GPU + ["mps"] * torch.mps.is_available() + ["cpu"]  # fastest first
-DEVICE = DEVICES[0]
+DEVICES = ["cuda"] * ON_GPU + ["mps"] * torch.backends.mps.is_available() + ["cpu"]  # fastest first
+DEVICE = DEVICES[0]  # where the tensors are
 SEED = 1337  # where all random numbers start: any number; another one gives another model
-N_RANKS = int(os.environ.get("WORLD_SIZE") or 1)  # copies of this program that train together
-RANK = int(os.environ.get("RANK") or 0) % N_RANKS  # number of this copy; torchrun sets both
+IN_GROUP = "TORCHELASTIC_RUN_ID" in os.environ  # has torchrun started this?
+N_RANKS = int(os.environ["WORLD_SIZE"]) if IN_GROUP else 1  # copies of it that train together
+RANK = int(os.environ["RANK"]) if IN_GROUP else 0  # the number of this copy
 # Data
 DATA = "input.txt"  # any UTF-8 text; this one is in the repository, or is downloaded
 DATA_URL = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
@@ -106,7 +106,7 @@ N_EMBED = SIZES.get(MODEL, (0, 0, 0))[0]  # C; twice as many take up to 4 times 
 N_LAYERS = SIZES.get(MODEL, (0, 0, 0))[1]  # blocks; more: better, and slower
 N_HEADS = SIZES.get(MODEL, (0, 0, 0))[2]  # H; must divide N_EMBED; a head size of 64 is usual
 QKV_BIAS = True  # biases on q, k and v: OpenAI's weights have them, most newer models do not
-DROPOUT = 0.1  # raise it against overfitting (see split_text)
+DROPOUT = 0.1  # share of numbers set to 0 (see FeedForward), against overfitting
 # Optimization
 WINDOW = 1024 if ON_GPU else 256  # tokens of a training window; from scratch, it is T as well
 BATCH_SIZE = 16 if ON_GPU else 4  # windows at a time; more: faster, as long as the memory lasts
@@ -207,9 +207,13 @@ def load_tokens(path, tokenizer):
     bytes, enough for 65,536. Then the file is mapped: it looks like a tensor, and the system reads
     the parts that are used. Its first 64 bytes say which version of the text it is of."""
     check(path.stat().st_size > 0, f"{path} is empty")
+    check(str(path).isprintable(), f"rename {path}: PyTorch cannot open a file of this name")
     key = f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns}".encode().ljust(64)
     for kept in (Path(f"{path}.gpt2.bin"), Path(f"{path.name}.gpt2.bin")):
-        found = kept.open("rb").read(64) if kept.exists() else b""
+        found = b""
+        if kept.exists():
+            with kept.open("rb") as file:
+                found = file.read(64)
         if found == key or os.access(path.parent, os.W_OK):
             break  # no right to write beside the text: then the file comes here
 
@@ -219,6 +223,7 @@ def load_tokens(path, tokenizer):
         with open(path, encoding="utf-8-sig") as text:  # -sig: Windows' mark
             pieces, cores = read_pieces(text, 1 << 18), min(os.cpu_count() or 1, 8)
             while some := list(islice(pieces, cores)):
+                check("\0" not in "".join(some), f"{path} is not UTF-8: save it so")
                 encode = tokenizer.encoding.encode_batch
                 for ids in encode(some, num_threads=cores, allowed_special="all"):
                     file.write(array("H", ids))  # H: two bytes each
@@ -263,7 +268,6 @@ def get_batch(tokens, batch_size, block_size, device):
 
 
 # --- 3. Model -------------------------------------------------------------------------------------
-#
 # token ids (B, T)
 #   -> LM: each token becomes a vector of C numbers; the vector of its position is added
 #   -> Block, N_LAYERS times:
@@ -280,12 +284,12 @@ class Head(nn.Module):
 
     Linear layers (in MultiHead) give every position a query q (what it looks for), a key k (what it
     offers) and a value v (what it hands over), of hs numbers each. The score of two positions is
-    q · k: large if the key fits the query. Softmax turns a row of scores into weights, and the
-    result is the average of the values with these weights. An example of three tokens, hs = 1:
+    q · k / √hs: large if the key fits. Softmax turns a row of scores into weights, and the
+    result is the average of the values with these weights. Three tokens, B = H = hs = 1:
 
               scores, masked         weights            result
                k=2   k=0   k=1    v=10  v=20  v=30
-        q=1      2  -inf  -inf    1.00  0     0         10     the first token sees only itself
+        q=1      2  -inf  -inf    1.00  0     0         10     exp(-inf) = 0: it sees only itself
         q=0      0     0  -inf    0.50  0.50  0         15     both keys fit a query of 0 equally
         q=2      4     0     2   0.867 0.016 0.117      12.5   mostly the first: its key fits best
 
@@ -321,7 +325,7 @@ class Cache:
         """Add those of T new tokens, (B, H, T, hs). Return those of all S, (B, H, S, hs)."""
         if self.length == 0:
             B, H, _, hs = k.shape
-            self.k, self.v = k.new_empty(2, B, H, self.block_size, hs)
+            self.k, self.v = (k.new_empty(B, H, self.block_size, hs) for _ in "kv")
         start, self.length = self.length, self.length + k.shape[2]
         self.k[:, :, start : self.length] = k
         self.v[:, :, start : self.length] = v
@@ -331,15 +335,15 @@ class Cache:
 class MultiHead(nn.Module):
     """H heads side by side, each with its own q, k and v (Vaswani et al. 2017, section 3.2.2).
 
-    One head gives each position one average. H heads give H averages, for about the same work: one
+    One head gives each position one average. H heads give H averages, of C / H numbers each: one
     head can look at the last few tokens, while another looks for a name further back."""
 
     def __init__(self, n_embed, n_heads, dropout, qkv_bias):
         super().__init__()
         check(n_embed % n_heads == 0, f"N_HEADS = {n_heads} does not divide N_EMBED = {n_embed}")
         self.n_heads = n_heads
-        # Three layers in one matrix. GPT-2 has biases here. Softmax ignores k's, since
-        # q · (k + b) = q · k + q · b adds the same to a row. The projection's bias can do v's.
+        # Three layers in one matrix. GPT-2 has biases. Softmax ignores k's, since q · (k + b) =
+        # q · k + q · b adds the same to a row. projection's can do v's. Llama omits q's as well.
         self.qkv = nn.Linear(n_embed, 3 * n_embed, bias=qkv_bias)
         self.head = Head()
         self.projection = nn.Linear(n_embed, n_embed)
@@ -359,7 +363,7 @@ class MultiHead(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers for each position on its own. The inner one is 4 times as wide (section 3.3).
+    """Two layers for each position on its own. Between them are 4 C numbers (also section 3.3).
 
     Attention only averages; here the model computes. In training, dropout sets a random part of the
     numbers to 0, so that the model cannot rely on single ones: less overfitting."""
@@ -385,7 +389,7 @@ class Block(nn.Module):
     x + f(x) is 1 + f'(x). The chain rule multiplies the derivatives of all blocks: thanks to the 1,
     the gradient reaches the first block; small f' alone would make it vanish. LayerNorm gives the C
     numbers of each position mean 0 and standard deviation 1: a steady size, however large the sum
-    has grown. Inside f, not on the sum, it keeps the 1 (Xiong et al. 2020, arXiv 2002.04745)."""
+    has grown. As a part of f, it leaves the 1 as it is (Xiong et al. 2020, arXiv 2002.04745)."""
 
     def __init__(self, n_embed, n_heads, dropout, qkv_bias):
         super().__init__()
@@ -403,8 +407,7 @@ class Block(nn.Module):
 class LM(nn.Module):
     """The language model: token ids (B, T) -> for each position, logits of the next token.
 
-    vocab_size is V, block_size the longest T, n_embed C, n_heads H, n_layers the number of blocks.
-    """
+    vocab_size is V, block_size the longest T, n_embed C, n_heads H, n_layers the blocks."""
 
     def __init__(self, vocab_size, block_size, n_embed, n_heads, n_layers, dropout, qkv_bias=True):
         super().__init__()
@@ -419,7 +422,7 @@ class LM(nn.Module):
         sizes = n_embed, n_heads, dropout, qkv_bias
         self.blocks = nn.Sequential(*(Block(*sizes) for _ in range(n_layers)))
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
-        self.lm_head = nn.Linear(n_embed, vocab_size, bias=False)
+        self.lm_head = nn.Linear(n_embed, vocab_size, bias=False)  # no bias, as in GPT-2
         self.tie_weights()
         # Small parameters make small logits, so nearly equal probabilities: the loss starts just
         # above ln V, as the small differences are random. Each block adds two results to its input.
@@ -449,13 +452,13 @@ class LM(nn.Module):
         The loss is the mean of -ln(softmax(logits)[target]) in nats; it skips targets of -100."""
         past = caches[0].length if caches else 0
         end = past + idx.shape[1]
-        check(end <= self.block_size, f"more tokens than block_size = {self.block_size}")
-        # bfloat16: 8 bits of precision, float32 has 24; twice as fast where the hardware has it.
+        check(past < end <= self.block_size, f"T must be 1 to block_size = {self.block_size}")
+        # autocast: products in bfloat16 (8 bits of precision, not 24), twice as fast in hardware.
         # autocast converts the weights in each call: for one token, that costs more than it saves.
         enabled = has_bfloat16(idx.device) and not caches
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=enabled):
-            # An average does not depend on the order of its terms: without positions, block 1 could
-            # not tell a b c from b a c. (B, T, C) + (T, C) -> (B, T, C)
+            # An average does not depend on the order of its terms: without positions, block 1 would
+            # give c the same result in a b c and b a c. (B, T, C) + (T, C) -> (B, T, C)
             x = self.token_embedding(idx) + self.position_embedding.weight[past:end]
             x = self.dropout(x)
             for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
@@ -517,13 +520,13 @@ def load_pretrained(path, **sizes):
         model.init = "pretrained"
         return model
     except Exception as error:  # a file from a stranger can be wrong in any way
-        raise UserError(f"{path} does not fit MODEL, or {sizes}: {error!r:.150}") from error
+        raise UserError(f"{path} does not fit: {error!r:.150}; MODEL, {sizes}") from error
 
 
 # --- 4. Training ----------------------------------------------------------------------------------
-@torch.no_grad()
+@torch.no_grad()  # gradients would take time and memory
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
-    """Return {"loss": nats per token}, averaged over the tokens (N,) from the second on as targets.
+    """Return {"loss": nats per token}, the mean over all tokens (N,) but the first.
 
     With `eval_iters`, at most that many batches are used, evenly spread: no randomness."""
     model.eval()  # switches dropout off: the whole model is measured
@@ -582,7 +585,7 @@ def train_step(model, optimizers, x, y, lr):
             loss = model(xs, ys)[1] * (len(xs) / len(x))  # its share of the mean of all windows
             loss.backward()  # computes the gradient, and adds it to that of the batches before
         total += loss.detach()
-    nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP or math.inf)  # tames odd batches
+    nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP or math.inf)  # for odd batches
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -615,7 +618,7 @@ def parallelize(model):
 def train(model, tokenizer, splits, flags, text_id):
     """Train. Every EVAL_INTERVAL steps, print the losses of both `splits` and a sample, and save.
 
-    With --resume, go on from what was saved, to the same end, bit for bit. At the end the model has
+    --resume goes on; with the same --max-iters, to the same end, bit for bit. Then the model has
     its best parameters, by validation loss. Return {"steps": total, "seconds", ...}."""
     optimizers, device = make_optimizers(model), next(model.parameters()).device
     step, history = load_training_state(optimizers, text_id) if flags.resume else (0, {})
@@ -626,7 +629,7 @@ def train(model, tokenizer, splits, flags, text_id):
     # A fresh run that is stopped early must not replace what an earlier run saved.
     first_save = step + 1 if flags.resume else min(EVAL_INTERVAL, flags.max_iters)
 
-    def on_ctrl_c(signum, frame):  # lets the step end; a second Ctrl-C interrupts at once
+    def on_ctrl_c(signum, frame):  # lets the step end, puts back what interrupts at once
         stop.append(signum)
         signal.signal(signal.SIGINT, previous)
 
@@ -635,11 +638,11 @@ def train(model, tokenizer, splits, flags, text_id):
     previous = signal.signal(signal.SIGINT, on_ctrl_c) if in_main_thread else None
     try:
         while True:
-            done = stop or step == flags.max_iters
+            done = stop or step >= flags.max_iters
             if RANK == 0 and (done or step % EVAL_INTERVAL == 0 or not history):
                 history[step] = evaluate(model, tokenizer, splits, flags.prompt, step)
                 if step >= first_save:
-                    save_run(model, tokenizer, optimizers, history, text_id)
+                    save_run(model, tokenizer, optimizers, history, text_id, start)
             if done:
                 break
             torch.manual_seed(flags.seed * 1_000_000 + step)  # same step, same random numbers
@@ -648,8 +651,7 @@ def train(model, tokenizer, splits, flags, text_id):
             loss = train_step(parallel, optimizers, x, y, get_lr(step, flags.max_iters, peak))
             step += 1
             speed = (step - first_step) * TOKENS_PER_STEP / (time.perf_counter() - start)
-            if step % 10 == 0:  # not at every step: a GPU must finish its work to show a loss
-                show_progress(step, loss.item(), speed, (flags.max_iters - step) * TOKENS_PER_STEP)
+            show_progress(step, loss, speed, (flags.max_iters - step) * TOKENS_PER_STEP)
     finally:
         if in_main_thread:
             signal.signal(signal.SIGINT, previous)
@@ -665,20 +667,20 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """Return the probabilities (V,) to draw the next token with, from logits (V,).
 
     temperature divides the logits: below 1, likely tokens become likelier; above 1, less so. 0 is
-    greedy: always the most likely token. The first of two tokens, with logits 2 and 1:
+    greedy: always the most likely token. Of two tokens with logits 2 and 1, the first gets:
 
     >>> two = torch.tensor([2.0, 1.0])
     >>> [round(next_token_probabilities(two, t)[0].item(), 2) for t in (0, 0.5, 1, 2)]
     [1.0, 0.88, 0.73, 0.62]
 
-    top_k keeps the k most likely tokens. top_p keeps the fewest that together have probability p:
+    top_k keeps the k most likely tokens. top_p keeps the fewest of these with the share p of them:
     few where the model is sure, many where it is not (Holtzman et al. 2019, arXiv 1904.09751).
 
     >>> three = torch.tensor([0.5, 0.3, 0.2]).log()  # softmax gives 0.5, 0.3, 0.2
     >>> next_token_probabilities(three, top_k=2), next_token_probabilities(three, top_p=0.4)
     (tensor([0.6250, 0.3750, 0.0000]), tensor([1., 0., 0.]))
     """
-    V, logits = len(logits), logits.float().cpu()  # on the CPU: Apple's MPS drew invalid tokens
+    V, logits = len(logits), logits.float().cpu()  # on the CPU: on Apple's mps, draws were invalid
     # The largest logit becomes 0 first: the result is the same, and nothing can overflow.
     probabilities = F.softmax((logits - logits.max()) / max(temperature, 1e-9), dim=-1)
     kept, ids = probabilities.topk(min(top_k or V, V))  # the most likely ones, in falling order
@@ -696,8 +698,8 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     The table of positions has T rows, so there is none for token T + 1. Then the older half is
     dropped. The others move to positions 0, 1, ..., so their keys and values are computed again,
     and there is room for T / 2 more. To drop one token each time would compute all each time."""
-    check(len(ids) > 0, "the prompt is empty: give some text to continue")
-    ids = list(ids)[-model.block_size :]
+    check(len(ids) > 0, "the prompt has no token: give some text to continue")
+    ids = [int(i) for i in ids][-model.block_size :]
     model.eval()  # switches dropout off
     new, caches = ids, [Cache(model.block_size) for _ in model.blocks]
     for _ in range(max_new_tokens):
@@ -788,11 +790,9 @@ def find_data(path):
     """Return the path of the text: `path`, or for None DATA (here, beside the script, fetched)."""
     if path is None:
         script = Path(globals().get("__file__", ""))  # a notebook has no __file__
-        for folder in (Path(), script.parent, script.resolve().parent):
-            if (folder / DATA).exists():
-                return folder / DATA
-        path = DATA
-        if DATA_URL.endswith(f"/{DATA}"):
+        places = [folder / DATA for folder in (Path(), script.parent, script.resolve().parent)]
+        path = next(filter(Path.is_file, places), DATA)
+        if path == DATA and DATA_URL.endswith(f"/{DATA}"):
             download(DATA_URL, path, DATA_SHA256)
     check(os.path.isfile(path), f"there is no file {path}: name one with --data")
     return Path(path)
@@ -813,7 +813,7 @@ def download(url, path, digest):
                     response.raise_for_status()
                     # 206: only the rest comes, as asked; 200: the server sends all again.
                     with open(part, "ab" if response.status_code == 206 else "wb") as file:
-                        for piece in response.iter_content(1 << 14):
+                        for piece in islice(response.iter_content(1 << 14), 500_000):  # 8 GB
                             file.write(piece)
             with open(part, "rb") as file:
                 found = file_digest(file, "sha256").hexdigest()
@@ -822,10 +822,10 @@ def download(url, path, digest):
                 return
             part.unlink()
             reason = f"its SHA-256 is {found}, not {digest}"
-        except requests.RequestException as error:
-            reason = error
-            if getattr(error.response, "status_code", 0) in (401, 403, 404, 410):
-                break  # the server will not send it at the next try either
+        except (OSError, ValueError) as error:  # those of requests are OSErrors without errno
+            reason, answer = error, getattr(error, "response", None)
+            if getattr(error, "errno", 1) or getattr(answer, "status_code", 0) in (401, 403, 404):
+                break  # a full disk, say; or the server will not send it at the next try either
         time.sleep(pause)
     raise UserError(f"put {url} at {path} by hand: {reason}")
 
@@ -855,7 +855,7 @@ def write_file(path, write):
             write(file)
         os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
-        raise UserError(f"cannot write {path}: {error}") from error
+        raise UserError(f"cannot write {path} (a full disk?): {error}") from error
     finally:
         Path(f"{path}.part").unlink(missing_ok=True)
 
@@ -881,11 +881,11 @@ def load_checkpoint(path, device):
         model.load_state_dict(state["weights"], assign=True)
         model.tie_weights()
         model.init = state["init"]
-        logits, _ = model.float().eval()(torch.zeros(1, 1, dtype=torch.int64))
-        check(logits.isfinite().all(), "its weights are not finite")
-        return model.to(device), tokenizer
+        model.float().eval()(torch.zeros(1, 1, dtype=torch.int64))  # do the sizes fit?
+        check(all(p.sum().isfinite() for p in model.parameters()), "its weights are not finite")
     except Exception as error:  # a file from a stranger can be wrong in any way
-        raise UserError(f"{path} is no checkpoint of {NAME}.py: {error!r:.150}") from error
+        raise UserError(f"{path} is no checkpoint of {NAME}.py: {error!r:.60}") from error
+    return model.to(device), tokenizer
 
 
 def load_training_state(optimizers, text_id):
@@ -896,12 +896,13 @@ def load_training_state(optimizers, text_id):
             o.load_state_dict(saved | {"param_groups": o.state_dict()["param_groups"]})
             for p, averages in o.state.items():
                 check(all(x.shape in (p.shape, ()) for x in averages.values()), "wrong shape")
+        check(all(e["val"]["loss"] > 0 * n for n, e in state["history"].items()), "its history")
         return max(state["history"]), state["history"] if state["text_id"] == text_id else {}
     except Exception as error:  # a file from a stranger can be wrong in any way
-        raise UserError(f"{NAME}.resume.pt cannot be resumed: {error!r:.150}") from error
+        raise UserError(f"{NAME}.resume.pt cannot be resumed: {error!r:.60}") from error
 
 
-def save_run(model, tokenizer, optimizers, history, text_id):
+def save_run(model, tokenizer, optimizers, history, text_id, start):
     """Save NAME.pt if the last evaluation is the best, NAME.resume.pt, and the plot NAME.png."""
     axes, steps = Figure(figsize=(7, 4.5), layout="constrained").subplots(), list(history)
     for split, style in (("train", "--"), ("val", "-")):
@@ -910,7 +911,9 @@ def save_run(model, tokenizer, optimizers, history, text_id):
     best = min(losses[1:])  # the first is of the beginning
     axes.plot(steps[losses.index(best)], best, "ko", label=f"best: {best:.4f}")
     axes.axhline(math.log(tokenizer.vocab_size), color="gray", label="uniform guess: ln V")
-    axes.set(yscale="log", xlabel="step", ylabel="loss (nats per token)", title=NAME)
+    n, seconds = sum(p.numel() for p in model.parameters()), time.perf_counter() - start
+    axes.set(yscale="log", xlabel="step", ylabel="loss (nats per token)")
+    axes.set_title(f"{NAME}: {n:,} parameters, {seconds:,.0f} s, loss {best:.4f}")
     axes.yaxis.set(major_formatter="{x:.1f}", minor_formatter="{x:.1f}")
     axes.legend()
     for path in (f"{NAME}.resume.pt", f"{NAME}.pt", f"{NAME}.png"):
@@ -939,11 +942,10 @@ def check(condition, message):
         raise UserError(message)
 
 
-def has_bfloat16(device):
+def has_bfloat16(device, names=("avx512_bf16", "amx_bf16", "bf16")):
     """Return whether the hardware itself computes in bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    names = ("avx512_bf16", "amx_bf16", "bf16")
     return device.type == "cpu" and any(map(torch.cpu.get_capabilities().get, names))
 
 
@@ -966,7 +968,7 @@ def join_processes(device):
     On GPUs they talk by nccl, on CPUs by gloo. Rank 0 alone prints, and writes files."""
     if N_RANKS == 1:
         return device
-    place = int(os.environ.get("LOCAL_RANK") or 0)
+    place = int(os.environ["LOCAL_RANK"])
     n = torch.cuda.device_count() if device.type == "cuda" else N_RANKS * (device.type == "cpu")
     check(place < n, f"{N_RANKS} processes, but {n} devices {device} for them")
     if device.type == "cuda":
@@ -993,7 +995,7 @@ def get_model(flags, device):
     check(fits, "random weights write nonsense: --sample continues with trained ones")
     block_size = BLOCK_SIZE if init == "pretrained" else WINDOW  # others would not be trained
     sizes = dict(vocab_size=VOCAB_SIZE, block_size=block_size, n_embed=N_EMBED, n_heads=N_HEADS,
-                 n_layers=N_LAYERS, dropout=DROPOUT, qkv_bias=QKV_BIAS)  # fmt: skip
+                 n_layers=N_LAYERS, dropout=DROPOUT, qkv_bias=bool(QKV_BIAS))  # fmt: skip
     fits = init == "scratch" or (QKV_BIAS and Tokenizer.vocab_size == VOCAB_SIZE)
     check(fits, f"OpenAI's weights need QKV_BIAS = True, VOCAB_SIZE = {Tokenizer.vocab_size}")
     file = find_weights() if init == "pretrained" else "random"
@@ -1004,25 +1006,33 @@ def get_model(flags, device):
 
 def keep_freed_memory():
     """Make glibc keep freed memory. By default, each step would get it from the kernel again."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+def lock_folder():
+    """Return NAME.lock, open: one run at a time can have it. UserError: another one has it."""
+    lock = open(f"{NAME}.lock", "w")  # noqa: SIM115
+    try:
+        os.lockf(lock.fileno(), os.F_TLOCK, 0)
+    except (AttributeError, OSError) as error:  # Windows and some network disks have no locks
+        check(not isinstance(error, BlockingIOError), "another run is training in this folder")
+    return lock
+
+
 def show_progress(step, loss, speed, left):
     """Rewrite the last line of a terminal; print nothing where the output is piped."""
-    if sys.stdout and sys.stdout.isatty():
+    if step % 10 == 0 and sys.stdout and sys.stdout.isatty():  # a GPU must finish to show a loss
         line = f"step {step}  loss {loss:.3f}  {speed:,.0f} tokens/s  {left / speed:.0f} s left  "
-        print(line[: shutil.get_terminal_size().columns - 1], end="\r", flush=True)
+        print(line[: os.get_terminal_size().columns - 1], end="\r", flush=True)
 
 
 def evaluate(model, tokenizer, splits, prompt, step):
     """Print losses and a sample. Return {split: losses}. UserError: a loss is not finite."""
     losses = {k: estimate_loss(model, v, BATCH_SIZE, EVAL_ITERS) for k, v in splits.items()}
-    numbers = {f"{split} {name}": x for split, part in losses.items() for name, x in part.items()}
-    line = "  ".join(f"{name} {number:.4f}" for name, number in numbers.items())
-    check(all(map(math.isfinite, numbers.values())), "the loss is not finite: lower LEARNING_RATE")
+    line = "  ".join(f"{k} {name} {x:.4f}" for k, v in losses.items() for name, x in v.items())
+    check("nan" not in line and "inf" not in line, "the loss is not finite: lower LEARNING_RATE")
     ids = generate(model, tokenizer.encode(prompt), 60, TEMPERATURE, TOP_K, TOP_P)
     print(f"step {step:>5}  {line:<60}\n            {tokenizer.decode(ids)!r}", flush=True)
     return losses
@@ -1030,6 +1040,7 @@ def evaluate(model, tokenizer, splits, prompt, step):
 
 def check_constants():
     """Raise UserError when a constant makes no sense, before anything is read or written."""
+    check(torch.__version__ >= (2, 13), f"PyTorch {torch.__version__} is too old: install 2.13.0")
     check(MODEL in SIZES, f"MODEL = {MODEL!r} must be one of {', '.join(SIZES)}")
     check(INIT in ("pretrained", "scratch"), f"INIT = {INIT!r} must be 'pretrained' or 'scratch'")
     sizes = "BLOCK_SIZE N_EMBED N_LAYERS N_HEADS BATCH_SIZE MAX_ITERS EVAL_INTERVAL EVAL_ITERS"
@@ -1038,15 +1049,15 @@ def check_constants():
         ("MAX_VAL_TOKENS", 2, 10**9),
         ("VOCAB_SIZE", Tokenizer.vocab_size, 10**9),
         ("WARMUP_ITERS SAMPLE_TOKENS SEED", 0, 10**9),
-        ("TRAIN_SHARE DROPOUT FINAL_LR TOP_P", 0.0, 1.0),
-        ("LEARNING_RATE WEIGHT_DECAY GRADIENT_CLIP TEMPERATURE", 0.0, 1e9),
-        ("SCRATCH_LEARNING_RATE", 0.0, 1e9),
+        ("TRAIN_SHARE DROPOUT FINAL_LR TOP_P", 0, 1.0),
+        ("LEARNING_RATE WEIGHT_DECAY GRADIENT_CLIP TEMPERATURE", 0, 1e9),
+        ("NAME DATA DATA_URL DATA_SHA256 PROMPT", "", "\U0010ffff"),
+        ("SCRATCH_LEARNING_RATE", 0, 1e9),
     ):
-        for name in names.split():
-            value = globals()[name]
-            fits = isinstance(value, int | type(low)) and low <= value <= high
+        for name, value in [(name, globals()[name]) for name in names.split()]:
+            fits = type(value) in (type(low), type(high)) and low <= value <= high
             fits |= value is None and name in ("TOP_K", "TOP_P", "GRADIENT_CLIP")
-            check(fits, f"{name} = {value!r} must be {type(low).__name__} from {low} to {high}")
+            check(fits, f"{name} = {value!r} must be {type(high).__name__}, {low!r} to {high!r}")
     fits = type(BETAS) is tuple and [type(b) is float and 0 <= b < 1 for b in BETAS] == [True] * 2
     check(fits, f"BETAS = {BETAS!r} must be two numbers from 0 to below 1")
     fits = WINDOW <= BLOCK_SIZE and TOKENS_PER_STEP % (WINDOW * N_RANKS) == 0
@@ -1055,9 +1066,7 @@ def check_constants():
 
 
 def parse_flags(argv):
-    """Return the flags of the command line, or of the list argv."""
-    if argv is None and "kernel_launcher" in sys.argv[0]:
-        argv = []  # in a notebook, sys.argv is about the notebook
+    """Return the flags of the command line, or of the list argv. A notebook has neither."""
     parser = argparse.ArgumentParser(prog=f"{NAME}.py", description="Train a GPT and let it write.")
     add, add_either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add_either("--sample", action="store_true", help=f"no training: continue with {NAME}.pt")
@@ -1068,7 +1077,7 @@ def parse_flags(argv):
     add("--device", metavar="NAME", default=DEVICE, help="cuda, mps or cpu (default: %(default)s)")
     add("--seed", metavar="N", type=int, help=f"default: {SEED}; with --sample, another each time")
     add("--init", choices=("pretrained", "scratch"), help=f"how to begin (default: {INIT})")
-    flags = parser.parse_args(argv)
+    flags = parser.parse_args([] if argv is None and "kernel_launcher" in sys.argv[0] else argv)
     default = torch.seed() if flags.sample else SEED
     flags.seed = (default if flags.seed is None else flags.seed) % 2**40  # `train` takes 2**20 more
     return flags
@@ -1078,8 +1087,7 @@ def main(argv=None):
     """Train and sample as the flags say (a list of strings; None: those of the command line).
 
     Return {"val_loss": nats per token over the whole validation split, "bits_per_character",
-    "steps", "seconds", "tokens_per_second", "parameters", "text"}; the first five after training.
-    """
+    "steps", "seconds", "tokens_per_second", "parameters", "text"}: after --sample, the last two."""
     check_constants()
     flags = parse_flags(argv)
     keep_freed_memory()
@@ -1100,7 +1108,8 @@ def main(argv=None):
     if not flags.sample:
         print(f"{path}: {len(tokens):,} tokens, ln V = {math.log(tokenizer.vocab_size):.4f}")
         text_id = sha256(str((len(tokens), tokens[:100_000].tolist())).encode()).hexdigest()
-        results |= train(model, tokenizer, splits, flags, text_id)
+        with lock_folder() if RANK == 0 else contextlib.nullcontext():
+            results |= train(model, tokenizer, splits, flags, text_id)
         if N_RANKS > 1:
             dist.destroy_process_group()  # the rest is for rank 0
             if RANK > 0:
@@ -1118,15 +1127,14 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, nor where it is closed
-        sys.stdout.reconfigure(errors="replace")  # a character that a terminal lacks prints as "?"
+    # A character that the terminal lacks prints as "?". A notebook's stdout has no reconfigure.
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")
     try:
         main()
-    except (KeyboardInterrupt, UserError) as error:
+    except BrokenPipeError:  # no error: `head`, for one, has seen enough
+        sys.exit()
+    except (KeyboardInterrupt, UserError, OSError) as error:
         sys.exit(f"{NAME}.py: {str(error) or 'interrupted'}")
-    except OSError as error:
-        # A broken pipe is no error: `head`, for one, has seen enough.
-        sys.exit(None if isinstance(error, BrokenPipeError) else f"{NAME}.py: {error}")
     except (RuntimeError, MemoryError) as error:
         if not any(words in repr(error) for words in ("out of memory", "allocate", "MemoryError")):
             raise

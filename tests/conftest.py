@@ -5,6 +5,7 @@ import http.server
 import importlib
 import multiprocessing
 import os
+import random
 import re
 import runpy
 import subprocess
@@ -173,6 +174,99 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             pass  # the client has gone
 
     do_HEAD = do_GET  # noqa: N815
+
+
+def pytest_addoption(parser):
+    parser.addoption("--file", help="the exercise that tests/test_lessons.py grades")
+
+
+WORDS = ["the", "cat", "and", "a", "dog", "sat", "on", "mats", "by", "an", "old", "house", "."]
+TEXT, OTHER = (" ".join(random.Random(seed).choices(WORDS, k=700)) for seed in (0, 1))
+
+
+def write_text(folder, text):
+    """Write a text for a script that reads plain text; returns the flags that name it."""
+    (folder / "tiny.txt").write_text(text, encoding="utf-8")
+    return ["--data", str(folder / "tiny.txt")]
+
+
+def write_documents(folder, text):
+    """The same for a script that reads paragraphs: 20 words each."""
+    words = text.split()
+    parts = [" ".join(words[i : i + 20]) for i in range(0, len(words), 20)]
+    return write_text(folder, "\n\n".join(parts))
+
+
+TINY = {
+    "DEVICE": "cpu", "N_EMBED": 16, "N_LAYERS": 1, "N_HEADS": 2, "BLOCK_SIZE": 16, "BATCH_SIZE": 4,
+    "EVAL_ITERS": 2, "SAMPLE_TOKENS": 20, "PROMPT": "the ", "MAX_ITERS": 9, "EVAL_INTERVAL": 3,
+    "DROPOUT": 0.2,
+}  # fmt: skip
+WORDS_TINY = {"DATA": "words.txt", "MIN_FREQ": 2, "CUTOFFS": (8,)}
+GPT2_TINY = {"INIT": "scratch", "VOCAB_SIZE": 260, "WINDOW": 8, "TOKENS_PER_STEP": 64}
+SCRIPTS = [  # name, constants, how to write data, code to put into the script
+    ("char_gpt", TINY, write_text, ""),
+    ("word_gpt", TINY | WORDS_TINY, write_documents, ""),
+    ("gpt2", TINY | GPT2_TINY, write_text, SMALL_BPE),
+]
+
+
+class Script:
+    """One script, imported anew, with tiny constants, data, and a folder to run in."""
+
+    def __init__(self, entry, folder, patch):
+        self.name, self.tiny, self.write_data, self.insert = entry
+        self.gpt, self.folder, self.patch = load_fresh(self.name), folder / "run", patch
+        exec(self.insert, vars(self.gpt))
+        self.flags = self.write_data(folder, TEXT)
+        self.set(**self.tiny)
+        self.go_to("run")
+
+    def go_to(self, name):
+        """Work in another folder from now on."""
+        self.folder = self.folder.parent / name
+        self.folder.mkdir(exist_ok=True)
+        self.patch.chdir(self.folder)
+
+    def set(self, **values):
+        """Replace names of the module, which must exist."""
+        for name, value in values.items():
+            self.patch.setattr(self.gpt, name, value)
+
+    def main(self, *flags, **constants):
+        """Call main with some constants changed; they stay changed."""
+        self.set(**constants)
+        return self.gpt.main([*self.flags, *flags])
+
+    def copy(self, insert="", **constants):
+        """Write a copy of the script with these constants; returns its path."""
+        insert = self.insert + insert
+        return edited_copy(f"{self.name}.py", self.folder, insert, **self.tiny | constants)
+
+    def child(self, *flags, insert="", **constants):
+        """Run such a copy as a process of its own."""
+        return run_child(self.copy(insert, **constants), *self.flags, *flags)
+
+    def files(self):
+        """Return {name: content} of what runs have written so far."""
+        found = {p.name: p.read_bytes() for p in self.folder.iterdir() if p.is_file()}
+        return {name: found[name] for name in found if name.endswith((".pt", ".png", ".part"))}
+
+    def state(self, end=".resume.pt"):
+        """Return what a checkpoint holds."""
+        return torch.load(self.folder / f"{self.name}{end}", weights_only=True)
+
+
+@pytest.fixture(params=SCRIPTS, ids=lambda entry: entry[0])
+def script(request, tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: file.write(b"plot"))
+    return Script(request.param, tmp_path, monkeypatch)
+
+
+def assert_same(a, b):
+    """Two checkpoints have the same weights to the bit."""
+    assert a["weights"].keys() == b["weights"].keys()
+    assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
 
 
 @pytest.fixture

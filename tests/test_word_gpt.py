@@ -434,12 +434,12 @@ def test_a_whole_run(gpt, tmp_path, monkeypatch, reviews, capsys):
     assert results["val_loss"] == results["val"]["loss"]
     assert "2 beams: " in capsys.readouterr().out
     history = torch.load("word_gpt.resume.pt", weights_only=True)["history"]
-    _, axes = drawn(monkeypatch, lambda: gpt.save_run(model, tokenizer, [], history, ""))
+    _, axes = drawn(monkeypatch, lambda: gpt.save_run(model, tokenizer, [], history, "", 0.0))
     for line, split in zip(axes.get_lines(), ("train", "val"), strict=True):
         assert list(line.get_ydata()) == [entry[split]["accuracy"] for entry in history.values()]
-    picture = (tmp_path / gpt.PICTURE).read_bytes()
+    picture = (tmp_path / f"{gpt.NAME}_attention.png").read_bytes()
     gpt.main(["--seed", "2"])
-    assert (tmp_path / f"previous.{gpt.PICTURE}").read_bytes() == picture > b"\x89PNG"
+    assert (tmp_path / f"previous.{gpt.NAME}_attention.png").read_bytes() == picture > b"\x89PNG"
     gpt.main(["--sample", "--prompt", "The FILM, xyzzy"])
     assert "\nthe film <unk>" in capsys.readouterr().out
     monkeypatch.setattr(gpt, "PROMPT", "Una película")
