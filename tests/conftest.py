@@ -120,9 +120,10 @@ def load_fresh(name):
 class FaultyServer(http.server.ThreadingHTTPServer):
     """Serves `files` ({"/path": bytes}), and commits one of `faults` per request, in that order.
 
-    A fault is a status, "stall" (half the body, then silence), "cut" (half the body, then the end),
-    "wrong" (other bytes), "lie" (a Content-Length that is too small), or None. `seen` lists (path,
-    headers) of every request. Byte ranges are honoured where `ranges` is True."""
+    A fault is a status, an address (it redirects there), "stall" (half the body, then silence),
+    "cut" (half the body, then the end), "wrong" (other bytes), "lie" (a Content-Length that is too
+    small), "endless" (no length, and no end), or None. `seen` lists (path, headers) of every
+    request. Byte ranges are honoured where `ranges` is True."""
 
     daemon_threads = True
 
@@ -146,6 +147,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(fault, int) or content is None:
             self.send_error(fault if isinstance(fault, int) else 404)
             return
+        if ":" in str(fault):
+            self.send_response(302)
+            self.send_header("Location", fault)
+            self.end_headers()
+            return
         start = 0
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if wanted and server.ranges:
@@ -161,12 +167,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault == "wrong":
             payload = bytes(byte ^ 1 for byte in payload[:64]) + payload[64:]
         length = len(payload) // 2 if fault == "lie" else len(payload)
-        self.send_header("Content-Length", str(length))
+        if fault != "endless":
+            self.send_header("Content-Length", str(length))
         self.end_headers()
         if fault in ("stall", "cut"):
             payload = payload[: len(payload) // 2]
         try:
             self.wfile.write(payload)
+            while fault == "endless":
+                self.wfile.write(payload)
             self.wfile.flush()
             if fault == "stall":
                 time.sleep(5)

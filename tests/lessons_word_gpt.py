@@ -21,7 +21,6 @@ def check(what, got, right, *wrong):
         require(got != value, f"{name}: {why}. {what} gives {got!r:.120}")
     require(got == right, f"result: {what} gives {got!r:.120}, should be {right!r:.120}")
 
-
 # --- Data -----------------------------------------------------------------------------------------
 def grade_text(gpt):
     for text, right, *wrong in (
@@ -35,7 +34,7 @@ def grade_text(gpt):
         check(f"clean({text!r})", gpt.clean(text, "spaced"), right, *wrong)
     check("'reference'", gpt.clean("well-made <b>Café", "reference"), "wellmade caf")
     special, words = WORDS[:3], ["the", "film", "so", "plot"]
-    got = gpt.build_vocabulary(["the film the so so so end", "a film the plot the film film the plot"], 2)
+    got = gpt.build_vocabulary(["the film the so so so end a film", "the plot film film the plot the"], 2)
     check("min_freq = 2; the 5, film 4, so 3, plot 2 times:", list(got), special + words,
         ("special tokens missing", words, "<pad>, <unk>, <eos> need the ids 0, 1, 2"),
         ("min_freq off by one", special + words[:3], "What comes min_freq times is a word"),
@@ -49,21 +48,18 @@ def grade_text(gpt):
         ("no spaces", "thefilm<eos>", "Words need a space between them"))
     (got,) = gpt.split_text({"val": ["film plot", "end"]}, tokenizer).values()
     check("`film plot`, `end`:", [x.tolist() for x in got], [[4, 1, 2, 5, 2], [0, 3, 5]],
-        ("<eos> missing", [[4, 1, 5], [0, 2, 3]], "The model would never learn when to stop"),
-        ("last edge missing", [[4, 1, 2, 5, 2], [0, 3]], "The last edge is N, the end"),
-        ("first edge missing", [[4, 1, 2, 5, 2], [3, 5]], "The first edge is 0"))
+        ("<eos> missing", [[4, 1, 5], [0, 2, 3]], "The model would never learn when to stop"))
 
 def grade_split_documents(gpt):
     documents = [f"review {i}" for i in range(40)]
     once, again = (gpt.split_documents(documents[:], 0.5, 0.125) for _ in range(2))
     train, val, test = (set(once[name]) for name in ("train", "val", "test"))
     both = len(train & (val | test) | val & test)
-    require(train | val | test <= {*documents}, f"documents torn: {[*train][0]!r} is only a part")
     require(not both, f"validation text in the vocabulary: {both} documents are in two splits, and "
             "the vocabulary is made of train. The model would know these texts by heart")
     check("sizes for 0.5 and 0.125 of 40", [len(train), len(val), len(test)], [20, 5, 15])
-    require(train != {*documents[:20]}, "not shuffled: train is the first half of the archive. It "
-            "ends with praise: validation and test would have nothing else")
+    require(train | val | test == {*documents}, f"documents changed: {min(train)!r} is none")
+    require(train != {*documents[:20]}, "not shuffled: the archive ends with praise, test as well")
     require(once == again, "another order each time: --resume would train on texts of the test")
 
 SPLIT = [5, 6, 7, EOS, *range(8, 18), EOS, 18, 19, EOS, 20, UNK, *range(22, 27), EOS, 27, EOS]
@@ -71,15 +67,15 @@ SPLIT = torch.tensor(SPLIT, dtype=torch.int32), torch.tensor([0, 4, 15, 18, 26, 
 
 def grade_windows(gpt):
     cut = lambda starts: torch.stack(gpt.cut_windows(SPLIT, torch.tensor(starts)[:, None], 4), 1)
-    x, *others = [16, 17, EOS, PAD], [[5, 6, 7, EOS], [6, 7, EOS, NO]], [[26, EOS, PAD, PAD], [EOS, NO, NO, NO]]
-    check("x and y of 16 17 <eos>", cut([0, 12])[1].tolist(), [x, [17, EOS, NO, NO]],
-        ("next document", [[16, 17, EOS, 18], [17, EOS, 18, 19]], "A window ends with its document"),
+    x, y = [16, 17, EOS, PAD], [17, EOS, NO, NO]
+    check("x and y of 16 17 <eos>", cut([0, 12])[1].tolist(), [x, y],
+        ("next document", [[*x[:3], 18], [17, EOS, 18, 19]], "A window ends with its document"),
         ("padding counted", [x, [17, EOS, PAD, PAD]], "To predict <pad> after <pad> is useless"),
-        ("padding on the left", [[PAD, 16, 17, EOS], [16, 17, EOS, NO]], "There it is read"),
         ("targets not shifted", [x, [16, 17, EOS, NO]], "The model would learn to copy"),
         ("targets shifted twice", [x, [EOS, NO, NO, NO]], "Target t is token t + 1"),
         ("<eos> lost", [[16, 17, PAD, PAD], [17, NO, NO, NO]], "<eos> is never a target"))
-    check("windows at 0 and 24:", cut([0, 24]).tolist(), others)
+    check("windows at 0, 24", cut([0, 24]).tolist(),
+        [[[5, 6, 7, EOS], [6, 7, EOS, NO]], [[26, EOS, PAD, PAD], [EOS, NO, NO, NO]]])
     x, y = gpt.get_batch(SPLIT, 600, 4, "cpu")
     starts = [SPLIT[0].tolist().index(token) for token in x[:, 0]]
     check("x and y", torch.stack([x, y], 1), cut(starts))
@@ -89,23 +85,19 @@ def grade_windows(gpt):
     require(not late, f"not moved back: windows begin at tokens {sorted(late)} and end with <pad>")
     require(not missing, f"starts missing: no window of 600 begins at {sorted(missing)} of 28")
 
-
 # --- Model ----------------------------------------------------------------------------------------
 def adaptive(layer, x):
     """Return ln P of the words (..., 12) for the cutoffs 2 and 5, and rows of mistakes."""
     z = x @ layer.weight.T + layer.bias  # columns: g0 g1 w0 w1 | w2 w3 w4 | w5 ... w11
-    first, a, b = (part.log_softmax(-1) for part in z.split([4, 3, 7], dim=-1))
-    g0, g1, words = first.split([1, 1, 2], dim=-1)
-    rows = [(name, torch.cat(parts, -1), why) for name, why, *parts in (
-        ("right", "", words, g0 + a, g1 + b),
-        ("P(group) left out", "P(word) = P(group) · P(word in its group)", words, a, b),
-        ("P(word in group) left out", "a word gets only a part of its group's P",
-            words, g0.expand_as(a), g1.expand_as(b)),
+    first, A, B = z.split([4, 3, 7], dim=-1)
+    (g0, g1, words), a, b = first.log_softmax(-1).split([1, 1, 2], -1), A.log_softmax(-1), B.log_softmax(-1)
+    rows = (("right", "", words, g0 + a, g1 + b),
+        ("P(group) left out", "P(word) is P(group) · P(word in it)", words, a, b),
+        ("P(word in group) left out", "words share P(group)", words, g0 + 0 * a, g1 + 0 * b),
         ("groups swapped", "words get P of the other group", words, g1 + a, g0 + b),
-        ("softmax in groups left out", "add ln P(word in its group), not its logit",
-            words, g0 + z[..., 4:7], g1 + z[..., 7:]),
-        ("one softmax over all", "each group has its own", z.log_softmax(-1)[..., 2:]))]
-    (_, right, _), *wrong = rows
+        ("softmax in groups left out", "logits are not ln P", words, g0 + A, g1 + B),
+        ("one softmax over all", "each group has its own", z.log_softmax(-1)[..., 2:]))
+    (_, right, _), *wrong = ((name, torch.cat(parts, -1), why) for name, why, *parts in rows)
     return right, [(name, p, f"{why}. All P together are {p.exp().sum(-1).mean():.2f}, not 1")
                    for name, p, why in wrong]
 
@@ -122,15 +114,13 @@ def grade_adaptive(gpt):
     pick = lambda p: -p[targets != NO, targets[targets != NO]]
     hit = lambda p: (p.argmax(-1) == targets)[targets != NO]
     hits, losses = layer.score(x, targets, with_hits=True)
-    check("losses", losses, pick(right), *((name, pick(p), why) for name, p, why in wrong),
-        ("-100 counted", -right[turns, targets.clamp(min=0)], "-100 means: do not count this"))
-    check("hits", hits, hit(right),
-        ("frequent words only", hit(right[:, :2]), "a rare word can be the likeliest of all"))
+    check("losses", losses, pick(right), *((name, pick(p), why) for name, p, why in wrong))
+    check("hits", hits, hit(right), ("frequent words only", hit(right[:, :2]), "rare ones win, too"))
     check("loss", layer(x, targets)[1], pick(right).mean())
 
 def grade_lm(gpt):
-    size, model = lambda m: sum(map(torch.numel, m.parameters())), gpt.LM(400, 9, 32, 4, 2, 0.3, (50,))
-    right = 401 * 33 + 9 * 32 + 2 * size(gpt.Block(32, 4, 0.0)) + 64
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    model, right = gpt.LM(400, 9, 32, 4, 2, 0.3, (50,)), 401 * 33 + 9 * 32 + 2 * size(gpt.Block(32, 4, 0.0)) + 64
     check("number of parameters", size(model), right,
         ("not tied", right + 400 * 32, "use AdaptiveSoftmax.embed, not an embedding of its own"),
         ("cutoffs lost", right - 33, "the output layer has no groups of rare words"))
@@ -151,7 +141,6 @@ def grade_lm(gpt):
     check("losses of `each`", model(idx, targets, each=True)[1], losses)
     model.dropout.train()  # the dropout on words + positions; off in the blocks
     require(not model(idx)[0].equal(model(idx)[0]), "dropout left out: it comes after the sum")
-
 
 # --- Training and generation ----------------------------------------------------------------------
 class Toy(nn.Module):
@@ -219,45 +208,44 @@ def grade_beam_search(gpt):
         check(what, [round(float(score), 2), [int(token) for token in new]], right, *wrong)
 
 def grade_attention_weights(gpt):
-    model, ids, right, output = randomize(gpt.LM(9, 6, 8, 2, 2, 0.5)), [3, 8, 4, 3], [], []
+    model, ids, right = randomize(gpt.LM(9, 6, 8, 2, 2, 0.5)), [3, 8, 4], []
     got = torch.stack(list(gpt.attention_weights(model, ids)))
+    require(got.shape[-1] == 3, "values instead of weights: use the identity matrix as v")
     hooks = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
     require(not hooks, "hooks left behind: remove them, or they slow each later call")
     require(not model.training, "dropout on: call model.eval() first")
-    x = model.lm_head.weight[ids] + model.position_embedding.weight[:4]
+    x = model.lm_head.weight[ids] + model.position_embedding.weight[:3]
     for block in model.blocks:
-        q, k, v = block.attention.qkv(block.ln1(x)).view(4, 3, 2, 4).permute(1, 2, 0, 3)
-        right.append((q @ k.mT / 2 + torch.full((4, 4), -torch.inf).triu(1)).softmax(-1))
-        output.append(right[-1] @ v)
+        q, k, _ = block.attention.qkv(block.ln1(x)).view(3, 3, 2, 4).permute(1, 2, 0, 3)
+        right.append((q @ k.mT / 2 + torch.full((3, 3), -torch.inf).triu(1)).softmax(-1))
         x = block(x[None])[0]
-    check("weights", got, torch.stack(right),
-        ("values instead of weights", torch.stack(output), "use the identity matrix as v"))
-
+    check("weights", got, torch.stack(right))
 
 # --- Pieces ---------------------------------------------------------------------------------------
-OWN = [Piece(name, " ".join(definitions) or name, grade, task) for name, grade, task, *definitions in (
-    ("clean", grade_text, "text -> its words, lower case", "Replacements.__missing__", "clean"),
-    ("build_vocabulary", grade_text, "count, drop, sort"),
+OWN = [Piece(name, methods or name, grade, task) for name, grade, task, methods in (
+    ("clean", grade_text, "text -> its words, lower case", "Replacements.__missing__ clean"),
+    ("build_vocabulary", grade_text, "count, drop, sort", ""),
     ("Tokenizer", grade_text, "vocabulary, vocab_size, stoi; text -> ids of words, and back",
-     "Tokenizer.__init__", "Tokenizer.encode", "Tokenizer.decode"),
-    ("split_documents", grade_split_documents, "shuffle, cut in three"),
-    ("split_text", grade_text, "documents -> tokens and edges"),
-    ("cut_windows", grade_windows, "starts -> inputs and targets"),
-    ("get_batch", grade_windows, "draw starts, move them back, cut windows"),
+        "Tokenizer.__init__ Tokenizer.encode Tokenizer.decode"),
+    ("split_documents", grade_split_documents, "shuffle, cut in three", ""),
+    ("split_text", grade_text, "documents -> tokens and edges", ""),
+    ("cut_windows", grade_windows, "starts -> inputs and targets", ""),
+    ("get_batch", grade_windows, "draw starts, move them back, cut windows", ""),
     ("AdaptiveSoftmax.embed", grade_adaptive, "cutoffs, rows, weight, bias; vectors of words",
-     "AdaptiveSoftmax.__init__", "AdaptiveSoftmax.embed"),
+        "AdaptiveSoftmax.__init__ AdaptiveSoftmax.embed"),
     ("AdaptiveSoftmax.forward", grade_adaptive, "ln P of all words",
-     "AdaptiveSoftmax.softmaxes", "AdaptiveSoftmax.logits", "AdaptiveSoftmax.forward"),
-    ("AdaptiveSoftmax.score", grade_adaptive, "-ln P, hits"),
+        "AdaptiveSoftmax.softmaxes AdaptiveSoftmax.logits AdaptiveSoftmax.forward"),
+    ("AdaptiveSoftmax.score", grade_adaptive, "-ln P, hits", ""),
     ("LM", grade_lm, "the layers that forward uses, config, block_size", "LM.__init__"),
-    ("LM.forward", grade_lm, "ids -> logits, or the loss"),
-    ("estimate_loss", grade_estimate_loss, "loss, known, accuracy"),
-    ("generate", grade_generate, "draw token after token, until <eos>"),
-    ("beam_search", grade_beam_search, "keep the likeliest texts"),
-    ("attention_weights", grade_attention_weights, "Head, another v"))]
+    ("LM.forward", grade_lm, "ids -> logits, or the loss", ""),
+    ("estimate_loss", grade_estimate_loss, "loss, known, accuracy", ""),
+    ("generate", grade_generate, "draw token after token, until <eos>", ""),
+    ("beam_search", grade_beam_search, "keep the likeliest texts", ""),
+    ("attention_weights", grade_attention_weights, "Head, another v", ""))]
 SOURCE, CHANGED = read_original("word_gpt"), {d for p in OWN for d in p.definitions.split()}
 SHARED = [p for p in lessons_char_gpt.PIECES if CHANGED.isdisjoint(p.definitions.split())]
-PIECES = sorted(OWN + SHARED, key=lambda p: [*functions(parse(SOURCE))].index(p.definitions.split()[0]))
+ORDER = list(functions(parse(SOURCE)))
+PIECES = sorted(OWN + SHARED, key=lambda piece: ORDER.index(piece.definitions.split()[0]))
 
 MISTAKES = [
     ("clean", "markup kept", r"<[^<>]*>|http", "http"),
@@ -272,7 +260,7 @@ MISTAKES = [
     ("cut_windows", "padding counted", "last, -100", "last, 0"),
     ("cut_windows", "next document", "torch.bucketize(starts, edges, right=True)", "-1"),
     ("cut_windows", "targets not shifted", "windows[:, 1:]", "windows[:, :-1]"),
-    ("cut_windows", "targets shifted twice", "1:]", "2:].tolist()"),
+    ("cut_windows", "targets shifted twice", "windows[:, 1:]", "F.pad(windows, (0, 1), value=-100)[:, 2:]"),
     ("get_batch", "not moved back", ".minimum(edges[document] - 1 - block_size)", ""),
     ("get_batch", "short documents lost", ".maximum(edges[document - 1])", ".clamp(min=0)"),
     ("AdaptiveSoftmax.embed", "offset left out", "idx + len(self.cutoffs)", "idx + 0"),
@@ -291,35 +279,38 @@ MISTAKES = [
     ("beam_search", "one beam only", "[:beams]", "[:1]"),
     ("attention_weights", "values instead of weights", "k.float(), identity", "k.float(), _"),
 ]
-EDITS = [  # (piece, old text, new text): other ways to write a line
+EDITS = [  # other ways to write a line
     ("clean", 'unicodedata.normalize("NFC", text)', "text.replace('’', '')"),
     ("clean", "text.translate", "(lambda t: ''.join(t[ord(c)] or '' for c in text))"),
     ("clean", "[word for word in words if not word.isnumeric()]", "w for w in words if not w.isdigit()"),
     ("build_vocabulary", "chain.from_iterable(map(str.split, documents))", "' '.join(documents).split()"),
     ("build_vocabulary", "key=lambda word: (-counts[word], word)", "key=counts.get, reverse=True"),
-    ("build_vocabulary", "word for word, count in counts.items() if count", "word for word in counts if counts[word]"),
-    ("Tokenizer", "{word: i for i, word in enumerate(self.vocabulary)}", "dict(zip(vocabulary, range(9**9)))"),
     ("Tokenizer", "self.stoi.get(word, self.unk)", "(self.stoi[word] if word in self.stoi else 1)"),
     ("Tokenizer", "self.vocabulary[i] for i in ids", "map(self.vocabulary.__getitem__, ids)"),
     ("split_documents", "in order.tolist()", "in order"),
     ("split_text", "[stoi.get(word, unk) for word in text.split()]", "tokenizer.encode(text)"),
-    ("split_text", "torch.tensor(tokens, dtype=torch.int32)", "torch.tensor([*tokens])"),
     ("split_text", "edges.append(len(tokens))", "edges += [edges[-1] + len(text.split()) + 1]"),
-    ("cut_windows", "torch.bucketize(starts, edges, right=True)", "(starts[..., None] >= edges).sum(-1)"),
-    ("cut_windows", "tokens[places.minimum(last)]", "tokens[torch.where(places < last, places, last)]"),
+    ("cut_windows", "torch.bucketize(starts, edges, right=True)", "(starts >= edges).sum(1, keepdim=True)"),
+    ("cut_windows", "places.minimum(last)", "torch.where(places < last, places, last)"),
     ("get_batch", "torch.randint(len(tokens), (batch_size, 1))", "(torch.rand(batch_size, 1) * len(tokens)).long()"),
     ("get_batch", "torch.bucketize(starts, edges, right=True)", "torch.searchsorted(edges, starts, right=True)"),
     ("get_batch", ".maximum(edges[document - 1])", ".max(edges[document - 1])"),
-    ("AdaptiveSoftmax.embed", "F.embedding(idx + len(self.cutoffs) * (idx >= 0), self.weight)", "self.weight[len(self.cutoffs) :][idx]"),
+    ("AdaptiveSoftmax.embed", "math.log(size)", "torch.tensor(size).log()"),
     ("AdaptiveSoftmax.forward", "[..., [i]]", "[..., i].unsqueeze(-1)"),
-    ("AdaptiveSoftmax.forward", "F.log_softmax(self.logits(x, other), dim=-1)", "(z := self.logits(x, other)) - z.logsumexp(-1, True)"),
-    ("AdaptiveSoftmax.score", "group += targets >= cutoff", "group = torch.where(targets < cutoff, group, group + 1)"),
-    ("LM.forward", "self.position_embedding.weight[: idx.shape[1]]", "self.position_embedding(torch.arange(idx.shape[1]))"),
+    ("AdaptiveSoftmax.forward", "F.pad(x, (0, 0, 0, -N % 64))", "x"),
+    ("AdaptiveSoftmax.score", "group += targets >= cutoff", "group = group.where(targets < cutoff, group + 1)"),
+    ("AdaptiveSoftmax.score", "F.nll_loss(first, chosen, reduction", "-first.gather(-1, chosen[:, None])[:, 0]"),
+    ("LM", 'self.config["cutoffs"] = cutoffs', "self.config |= dict(cutoffs=cutoffs)"),
+    ("LM.forward", ".weight[: idx.shape[1]]", "(torch.arange(idx.shape[1]))"),
+    ("LM.forward", "self.blocks(self.dropout(x))", "[x := self.dropout(x), *(x := block(x) for block in self.blocks)][-1]"),
+    ("LM.forward", "self.lm_head.embed(idx)", "self.lm_head.weight[idx + len(self.lm_head.cutoffs)]"),
     ("estimate_loss", "[y[y != -100] != Tokenizer.unk]", "[y[y >= 0].eq(1).logical_not()]"),
     ("estimate_loss", "hits.mean()", "hits.sum() / len(losses)"),
     ("generate", "torch.multinomial(probabilities, 1)", "torch.distributions.Categorical(probabilities).sample()"),
+    ("generate", "return  #", "break  #"),
     ("beam_search", "F.log_softmax(logits[0, -1], dim=-1)", "(logits[0, -1] - logits[0, -1].logsumexp(0))"),
     ("beam_search", "sorted(candidates, reverse=True)", "sorted(candidates, key=lambda text: -text[0])"),
+    ("attention_weights", "torch.eye(len(ids), device=q.device)", "torch.ones(len(ids)).diag()"),
 ]
 LOOPS = '''
 def cut_windows(split, starts, T):
@@ -333,12 +324,6 @@ class AdaptiveSoftmax:
     def score(self, x, targets, with_hits=False):
         logits, targets = self.forward(x)[0][targets != -100], targets[targets != -100]
         return logits.argmax(-1) == targets, F.cross_entropy(logits, targets, reduction="none")
-class LM:
-    def forward(self, idx, targets=None, each=False):
-        x = self.dropout(self.lm_head.embed(idx) + self.position_embedding.weight[: idx.shape[1]])
-        for block in self.blocks:
-            x = block(x)
-        return self.lm_head(self.ln_f(x), targets=targets, each=each)
 '''
 VARIANTS = [(piece, SOURCE.replace(old, new)) for piece, old, new in EDITS]
-VARIANTS += [(piece, LOOPS) for piece in ("cut_windows", "AdaptiveSoftmax.score", "LM.forward")]
+VARIANTS += [(piece, LOOPS) for piece in ("cut_windows", "AdaptiveSoftmax.score")]

@@ -225,10 +225,14 @@ def test_the_download_of_the_text(script, tmp_path, server):
     content = Path(script.write_data(tmp_path, TEXT)[1]).read_bytes()
     server.files["/input.txt"] = content
     digest, url = sha256(content).hexdigest(), f"{server.url}/input.txt"
-    hurry = "time.sleep = lambda seconds: None"
+    hurry = (
+        "time.sleep = lambda seconds: None\nislice, cut = lambda x, n: cut(x, min(n, 9)), islice"
+    )
+    hurry = hurry if hasattr(script.gpt, "download") else ""
     edits = {"DATA": "input.txt", "DATA_URL": url, "DATA_SHA256": digest, "MAX_ITERS": 2}
     path = script.copy(hurry, **edits)
-    for fault in (404, 500, "wrong", "cut", "lie"):
+    bad = ["file:///etc/passwd", "http://[::bad", f"{url}:", 404, 500, "wrong", "cut", "lie"]
+    for fault in bad + ["endless"] * bool(hurry):
         server.faults = [fault] * 9
         assert_one_line_error(run_child(path), url, "input.txt")
         assert {p.name for p in script.folder.iterdir()} <= {path.name, "input.txt.part"}

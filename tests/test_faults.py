@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from conftest import (
     TEXT,
     assert_one_line_error,
     assert_same,
+    load_fresh,
     run_child,
     run_script,
 )
@@ -115,7 +117,7 @@ def full(end, scripts=ALL, number="ENOSPC", words="", **more):
     insert = REFUSE.format(end=end, number=number)
     return Fault(
         end, number, 1, words or end.removesuffix(".part"), insert=insert, scripts=scripts, **more
-    )  # noqa: E501
+    )
 
 
 LINE = TEXT.encode() * 300
@@ -511,6 +513,54 @@ def test_a_real_bug_keeps_its_traceback_and_harms_no_later_run(script):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+# --- devices that are not there, and processes ----------------------------------------------------
+
+
+def test_the_branches_of_other_devices(script, monkeypatch):
+    cuda = torch.device("cuda")
+    for answer in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, x=answer: x)
+            assert script.gpt.has_bfloat16(cuda) is answer
+    assert not script.gpt.has_bfloat16(torch.device("mps"))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert load_fresh(script.name).DEVICES == ["mps", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpt = load_fresh(script.name)
+    assert gpt.DEVICES == ["cuda", "mps", "cpu"] and gpt.DEVICE == "cuda" and gpt.ON_GPU
+    gpt.check_constants()  # those of a GPU make sense
+    assert script.tiny["BATCH_SIZE"] < gpt.BATCH_SIZE
+    if script.name != "gpt2":
+        return
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
+    assert gpt.memory_used(cuda) == 123
+    seen = []
+    monkeypatch.setattr(gpt.dist, "init_process_group", lambda kind, timeout: seen.append(kind))
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(gpt, "N_RANKS", 2)
+    for place in ("1", "2"):
+        monkeypatch.setenv("LOCAL_RANK", place)
+        with contextlib.suppress(gpt.UserError):  # there is no third GPU
+            assert gpt.join_processes(cuda) == torch.device("cuda", 1)
+    assert [str(x) for x in seen] == ["cuda:1", "nccl"]
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(gpt, "has_bfloat16", lambda device: True)
+    for kind, dtype in (("cuda", torch.bfloat16), ("mps", torch.float32)):
+        there = SimpleNamespace(device=torch.device(kind))
+        monkeypatch.setattr(torch.nn.Linear, "parameters", lambda self, there=there: iter([there]))
+        assert gpt.for_generation(model).weight.dtype is dtype
+
+
+@pytest.mark.parametrize("half", ["WORLD_SIZE=2", "WORLD_SIZE=x", "RANK=1", "LOCAL_RANK=7"])
+def test_an_environment_that_is_set_by_half(tmp_path, monkeypatch, half):
+    """Only what torchrun sets counts: it always sets all."""
+    monkeypatch.setenv(*half.split("="))
+    gpt = load_fresh("gpt2")
+    assert (gpt.N_RANKS, gpt.RANK) == (1, 0)
+    assert gpt.join_processes(CPU) is CPU
+
+
 # --- terminals ------------------------------------------------------------------------------------
 
 
@@ -534,7 +584,7 @@ def test_streams_that_fail(script):
 def test_switches_and_an_empty_environment(script):
     keep = {
         key: os.environ[key] for key in ("LD_LIBRARY_PATH", "OMP_NUM_THREADS") if key in os.environ
-    }  # noqa: E501
+    }
     path = script.copy(MAX_ITERS=2)
     command = [sys.executable, "-O", "-u", "-I", "-X", "dev", str(path), *script.flags]
     done = subprocess.run(command, env=keep | {"LANG": "C"}, cwd=script.folder, capture_output=True)
