@@ -57,7 +57,7 @@ from torch import nn
 
 # --- 1. Hyperparameters: edit them, and run again. Each is explained where it is used. ------------
 NAME = "char_gpt"  # names of files: NAME.pt, NAME.resume.pt, NAME.png and NAME.lock
-ON_GPU = torch.cuda.is_available()  # where a line has two values, the first is for a CUDA GPU
+ON_GPU = torch.cuda.is_available()  # where a line has an else, the first value is for a CUDA GPU
 DEVICES = ["cuda"] * ON_GPU + ["mps"] * torch.backends.mps.is_available() + ["cpu"]  # fastest first
 DEVICE = DEVICES[0]  # where the tensors are
 SEED = 1337  # where all random numbers start: any number; another one gives another model
@@ -76,7 +76,7 @@ DROPOUT = 0.2 if ON_GPU else 0.0  # share of numbers set to 0 (see FeedForward),
 BATCH_SIZE = 64 if ON_GPU else 32  # B; more: a more exact gradient, and a slower step
 MAX_ITERS = 2200 if ON_GPU else 1600  # training steps
 LEARNING_RATE = 1e-3 if ON_GPU else 8e-3  # the peak; too high: the loss jumps; too low: it crawls
-FINAL_LR = 0.0  # share of the peak that is left at the end; 1: a constant rate
+FINAL_LR = 0.0  # share of the peak that is left at the end; 1: it never falls
 WARMUP_ITERS = 100  # steps until the peak
 BETAS = (0.9, 0.99)  # AdamW averages about 1 / (1 - beta) steps: 10 gradients, 100 squares of them
 WEIGHT_DECAY = 0.1 if ON_GPU else 0.5  # pulls matrices towards zero; more: less overfitting
@@ -198,7 +198,7 @@ class MultiHead(nn.Module):
         check(n_embed % n_heads == 0, f"N_HEADS = {n_heads} does not divide N_EMBED = {n_embed}")
         self.n_heads = n_heads
         # Three layers in one matrix, without biases. Softmax would ignore k's, since q · (k + b) =
-        # q · k + q · b adds the same to a row. projection's can do v's. Llama omits q's as well.
+        # q · k + q · b adds the same to a row. Weights sum to 1, so projection's can do v's.
         self.qkv = nn.Linear(n_embed, 3 * n_embed, bias=False)
         self.head = Head()
         self.projection = nn.Linear(n_embed, n_embed)
@@ -327,7 +327,7 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(p.grad, 0.05)  # in place (_): 0.95 · old average + 0.05 · gradient
                 update = orthogonalize(p.grad.lerp(average, 0.95))  # a little more of the new one
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # Numbers move by about 0.2 · lr, as with AdamW (Liu et al. 2025, arXiv 2502.16982).
+                # Entries are about 1/√max(shape): now 0.2 · lr (Liu et al. 2025, arXiv 2502.16982).
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
@@ -337,7 +337,7 @@ def orthogonalize(matrix):
     >>> [round(x, 1) for x in orthogonalize(torch.tensor([100.0, 10, 1]).diag()).diag().tolist()]
     [0.7, 0.7, 0.7]
 
-    Each round (Newton-Schulz) makes s 3.4445 s - 4.775 s³ + 2.0315 s⁵: small s grow, 1 falls."""
+    A round (Newton-Schulz) maps s to 3.4445 s - 4.775 s³ + 2.0315 s⁵: small s grow, 1 falls."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T  # the same result, from smaller products
     x = matrix.bfloat16() if has_bfloat16(matrix.device) else matrix
@@ -381,7 +381,7 @@ def train_step(model, optimizers, x, y, lr):
     model.train()  # switches dropout on
     _, loss = model(x, y)
     loss.backward()  # computes the gradient: d loss / d parameter, for every parameter
-    nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP or math.inf)  # for odd batches
+    nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP or math.inf)  # limits its size
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -393,8 +393,8 @@ def train_step(model, optimizers, x, y, lr):
 def train(model, tokenizer, splits, flags, text_id):
     """Train. Every EVAL_INTERVAL steps, print the losses of both `splits` and a sample, and save.
 
-    --resume goes on; with the same --max-iters, to the same end, bit for bit. Then the model has
-    its best parameters, by validation loss. Return {"steps": total, "seconds", ...}."""
+    --resume goes on; with the same --max-iters, to the same end, bit for bit. Then the model
+    has the best of its saved parameters, by validation loss. Return {"steps", "seconds", ...}."""
     optimizers, device = make_optimizers(model), next(model.parameters()).device
     step, history = load_training_state(optimizers, text_id) if flags.resume else (0, {})
     check(step < flags.max_iters, f"{step:,} steps are done: raise --max-iters to go on")
@@ -444,7 +444,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     >>> [round(next_token_probabilities(two, t)[0].item(), 2) for t in (0, 0.5, 1, 2)]
     [1.0, 0.88, 0.73, 0.62]
 
-    top_k keeps the k most likely tokens. top_p keeps the fewest of these with the share p of them:
+    top_k keeps the k most likely tokens. top_p keeps the first of these until their share is p:
     few where the model is sure, many where it is not (Holtzman et al. 2019, arXiv 1904.09751).
 
     >>> three = torch.tensor([0.5, 0.3, 0.2]).log()  # softmax gives 0.5, 0.3, 0.2
@@ -456,7 +456,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     probabilities = F.softmax((logits - logits.max()) / max(temperature, 1e-9), dim=-1)
     kept, ids = probabilities.topk(min(top_k or V, V))  # the most likely ones, in falling order
     if top_p is not None:
-        # Drop a token if the more likely ones before it have probability top_p together.
+        # Drop a token if those before it reach top_p. kept[1:] is a view: kept changes.
         kept[1:][kept.cumsum(0)[:-1] >= top_p * kept.sum()] = 0
     return torch.zeros(V).scatter(0, ids, kept / kept.sum())  # each back to its own place
 
@@ -477,7 +477,7 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 
 # Try this, one edit at a time, with --max-iters 400 (unchanged, on a CPU: loss 1.7330 in 44 s):
 # - N_LAYERS = 1: 1.8895 in 15 s. A second block can use what the first one has found.
-# - BLOCK_SIZE = 16: 1.9521 in 21 s. Fewer tokens before each guess, and 1/8 of them per step.
+# - BLOCK_SIZE = 16: 1.9521 in 21 s. Fewer tokens before each guess, and 1/8 of the guesses.
 # - Delete "+ mask" in Head: 0.0206, but it writes "ROMEO:OMM:ddMOddddd": it learned to copy.
 
 

@@ -82,7 +82,7 @@ from torch.ao.nn.quantized.dynamic import Linear as HalfLinear
 
 # --- 1. Hyperparameters: edit them, and run again. Each is explained where it is used. ------------
 NAME = "gpt2"  # names of files: NAME.pt, NAME.resume.pt, NAME.png and NAME.lock
-ON_GPU = torch.cuda.is_available()  # where a line has two values, the first is for a CUDA GPU
+ON_GPU = torch.cuda.is_available()  # where a line has an else, the first value is for a CUDA GPU
 DEVICES = ["cuda"] * ON_GPU + ["mps"] * torch.backends.mps.is_available() + ["cpu"]  # fastest first
 DEVICE = DEVICES[0]  # where the tensors are
 SEED = 1337  # where all random numbers start: any number; another one gives another model
@@ -114,7 +114,7 @@ TOKENS_PER_STEP = 32_768 if ON_GPU else 1024  # more: a more exact gradient, and
 MAX_ITERS = 100  # training steps
 LEARNING_RATE = 5e-5  # the peak from OpenAI's weights; too high: they forget; too low: it crawls
 SCRATCH_LEARNING_RATE = 6e-4  # the peak from scratch, as in GPT-3 for this size
-FINAL_LR = 0.0  # share of the peak that is left at the end; 1: a constant rate
+FINAL_LR = 0.0  # share of the peak that is left at the end; 1: it never falls
 WARMUP_ITERS = 10  # steps until the peak
 BETAS = (0.9, 0.95)  # AdamW averages about 1 / (1 - beta) steps: 10 gradients, 20 squares of them
 WEIGHT_DECAY = 0.1  # pulls matrices towards zero; more: less overfitting
@@ -215,7 +215,7 @@ def load_tokens(path, tokenizer):
             with kept.open("rb") as file:
                 found = file.read(64)
         if found == key or os.access(path.parent, os.W_OK):
-            break  # no right to write beside the text: then the file comes here
+            break  # else: no right to write there, so the file comes here
 
     def write(file):
         """Write the file: the key, and the ids."""
@@ -236,8 +236,8 @@ def load_tokens(path, tokenizer):
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8: save it as UTF-8") from error
         os.replace(own, kept)
-    # The key has the length of 32 ids. A shared map of a file needs the right to write it. Without,
-    # PyTorch makes a private one, in which changes would stay in memory: it must fit there.
+    # The key has the length of 32 ids. With shared=True, changes would go to the
+    # file: this needs the right to write it. Otherwise they go to memory: the map must fit there.
     size, shared = kept.stat().st_size // 2, os.access(kept, os.W_OK)
     return torch.from_file(str(kept), shared=shared, size=size, dtype=torch.uint16)[32:]
 
@@ -299,7 +299,7 @@ class Head(nn.Module):
     """  # From Vaswani et al. 2017, equation 1.
 
     def forward(self, q, k, v):
-        """Attend. All three are (B, H, T, hs), made by MultiHead, and so is the result.
+        """Attend. q and the result are (B, H, T, hs). Without a Cache, k and v are too.
 
         With a Cache that has earlier tokens, q is of the newest, k and v are of all S tokens."""
         # This function computes what char_gpt.py writes out: scores / √hs, mask, softmax, average.
@@ -343,7 +343,7 @@ class MultiHead(nn.Module):
         check(n_embed % n_heads == 0, f"N_HEADS = {n_heads} does not divide N_EMBED = {n_embed}")
         self.n_heads = n_heads
         # Three layers in one matrix. GPT-2 has biases. Softmax ignores k's, since q · (k + b) =
-        # q · k + q · b adds the same to a row. projection's can do v's. Llama omits q's as well.
+        # q · k + q · b adds the same to a row. Weights sum to 1, so projection's could do v's.
         self.qkv = nn.Linear(n_embed, 3 * n_embed, bias=qkv_bias)
         self.head = Head()
         self.projection = nn.Linear(n_embed, n_embed)
@@ -447,7 +447,7 @@ class LM(nn.Module):
     def forward(self, idx, targets=None, caches=None):
         """Return the logits (B, T, V) for idx (B, T), and the loss for targets (B, T), or None.
 
-        `caches` has one for each block. If they are empty, idx is the whole text so far, otherwise
+        `caches` has one for each block. If they are empty, idx is all tokens kept so far, otherwise
         one new token. With caches, only the last position gets logits, (B, 1, V): it predicts.
         The loss is the mean of -ln(softmax(logits)[target]) in nats; it skips targets of -100."""
         past = caches[0].length if caches else 0
@@ -509,7 +509,7 @@ def load_pretrained(path, **sizes):
                 check(name in ours, f"{name:.50} is of another model")
                 check(entry["dtype"] == "F32", f"{name} has the type {entry['dtype']}")
                 begin, end = entry["data_offsets"]
-                # clone: a float32 must begin at a multiple of 4 bytes. In the file it may not.
+                # view: 4 bytes are one float32. It must begin at a multiple of 4: so clone.
                 part = data[begin:end].clone().view(torch.float32).view(entry["shape"])
                 check(part.sum().isfinite(), f"{name} is not finite")
                 is_turned = ".c_" in name and part.dim() == 2  # c_: the matrices of the blocks
@@ -548,7 +548,7 @@ def make_optimizers(model):
     """Return [AdamW]: the rule that turns gradients into changes of the parameters.
 
     AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) averages the gradients g of a parameter,
-    and their squares, and moves it by rate · mean(g) / √mean(g²): tiny gradients move it as far as
+    and their squares, and moves it by -rate · mean(g) / √mean(g²): tiny gradients move it as far as
     large ones. It shrinks matrices (WEIGHT_DECAY) against overfitting."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
@@ -573,19 +573,19 @@ def train_step(model, optimizers, x, y, lr):
     The plainest rule, with one parameter w = 2, loss w², gradient 2w = 4 and rate 0.1: w becomes
     2 - 0.1 · 4 = 1.6, and the loss falls from 4 to 2.56.
 
-    Here x, y are all windows of the step. The gradient of a sum is the sum of the gradients. So the
-    gradients of one batch after another are added: the same step. `backward` needs the results of
+    x, y are this process's part of a step. The gradient of a sum is the sum of the gradients. So
+    those of one batch after another are added: the same step. `backward` needs the results of
     every layer, so they stay in memory until then, but now those of one batch only."""
     model.train()  # switches dropout on
     total, batches = 0.0, list(zip(x.split(BATCH_SIZE), y.split(BATCH_SIZE), strict=True))
     for i, (xs, ys) in enumerate(batches):
-        # Processes average their gradients (see parallelize), at the last batch. no_sync: not yet.
+        # Processes average (see parallelize) at the last batch: it takes time. no_sync: not yet.
         wait = N_RANKS > 1 and i < len(batches) - 1
         with model.no_sync() if wait else contextlib.nullcontext():
             loss = model(xs, ys)[1] * (len(xs) / len(x))  # its share of the mean of all windows
             loss.backward()  # computes the gradient, and adds it to that of the batches before
         total += loss.detach()
-    nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP or math.inf)  # for odd batches
+    nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP or math.inf)  # limits its size
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -598,7 +598,7 @@ def parallelize(model):
     """Return the model as train_step calls it: compiled if COMPILE, and joined to its copies.
 
     Each process has a copy of the model, and its own share of the windows. DistributedDataParallel
-    averages their gradients in `backward`. The copies begin equal and make equal steps, so they
+    averages their gradients in `backward`. From one seed or file, with equal steps, the copies
     stay equal. What is returned shares its parameters with `model`: a step changes both."""
     parallel = model
     if COMPILE:
@@ -606,7 +606,7 @@ def parallelize(model):
             parallel = torch.compile(model).train()
             n = min(BATCH_SIZE, TOKENS_PER_STEP // WINDOW // N_RANKS)
             x = model.lm_head.weight.new_zeros(n, WINDOW + 1, dtype=torch.int64)
-            # It compiles now, so that a failure shows here, for tensors like those of get_batch.
+            # It compiles at this first call: a failure shows here. Slices, as in get_batch.
             parallel(x[:, :-1], x[:, 1:])[1].backward()
         except Exception as error:  # no compiler, no triton, an old GPU
             print(f"COMPILE = True does not work here, going on without it: {error!r:.100}")
@@ -618,8 +618,8 @@ def parallelize(model):
 def train(model, tokenizer, splits, flags, text_id):
     """Train. Every EVAL_INTERVAL steps, print the losses of both `splits` and a sample, and save.
 
-    --resume goes on; with the same --max-iters, to the same end, bit for bit. Then the model has
-    its best parameters, by validation loss. Return {"steps": total, "seconds", ...}."""
+    --resume goes on; with the same --max-iters, to the same end, bit for bit. Then the model
+    has the best of its saved parameters, by validation loss. Return {"steps", "seconds", ...}."""
     optimizers, device = make_optimizers(model), next(model.parameters()).device
     step, history = load_training_state(optimizers, text_id) if flags.resume else (0, {})
     check(step < flags.max_iters, f"{step:,} steps are done: raise --max-iters to go on")
@@ -655,8 +655,9 @@ def train(model, tokenizer, splits, flags, text_id):
     finally:
         if in_main_thread:
             signal.signal(signal.SIGINT, previous)
-    if RANK == 0 and step >= first_save:
-        model.load_state_dict(load_checkpoint(f"{NAME}.pt", device)[0].state_dict())
+    if step >= first_save:
+        if RANK == 0:
+            model.load_state_dict(load_checkpoint(f"{NAME}.pt", device)[0].state_dict())
     else:
         print("stopped before the first save: no file was written, the sample is of this model")
     return {"steps": step, "seconds": time.perf_counter() - start, "tokens_per_second": speed}
@@ -673,7 +674,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     >>> [round(next_token_probabilities(two, t)[0].item(), 2) for t in (0, 0.5, 1, 2)]
     [1.0, 0.88, 0.73, 0.62]
 
-    top_k keeps the k most likely tokens. top_p keeps the fewest of these with the share p of them:
+    top_k keeps the k most likely tokens. top_p keeps the first of these until their share is p:
     few where the model is sure, many where it is not (Holtzman et al. 2019, arXiv 1904.09751).
 
     >>> three = torch.tensor([0.5, 0.3, 0.2]).log()  # softmax gives 0.5, 0.3, 0.2
@@ -685,7 +686,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     probabilities = F.softmax((logits - logits.max()) / max(temperature, 1e-9), dim=-1)
     kept, ids = probabilities.topk(min(top_k or V, V))  # the most likely ones, in falling order
     if top_p is not None:
-        # Drop a token if the more likely ones before it have probability top_p together.
+        # Drop a token if those before it reach top_p. kept[1:] is a view: kept changes.
         kept[1:][kept.cumsum(0)[:-1] >= top_p * kept.sum()] = 0
     return torch.zeros(V).scatter(0, ids, kept / kept.sum())  # each back to its own place
 
@@ -721,7 +722,7 @@ def for_generation(model):
     For one new token, each weight is read from memory and used in one multiplication. The reading
     takes longer, so it sets the time. (In training, a weight once read serves many tokens.) Weights
     of 16 bits have half the bytes. On a CPU, float16 (to 65,504, 11 bits of precision) for weights
-    only. On a GPU all numbers are bfloat16 (8 bits), with float32's range: none is too large."""
+    only. On CUDA all numbers are bfloat16 (8 bits), with float32's range: none is too large."""
     device = next(model.parameters()).device
     if not HALF_WEIGHTS or device.type == "mps":
         return model
@@ -739,7 +740,7 @@ def for_generation(model):
     ]
 
     def halve(place):
-        """Replace one nn.Linear. Its sums have 32 bits."""
+        """Replace one nn.Linear: float16 weights, sums in float32."""
         module, name, linear = place
         half = HalfLinear(1, 1, dtype=torch.float16)  # of any size: its weights are replaced
         half.set_weight_bias(linear.weight.detach(), linear.bias)
@@ -779,7 +780,7 @@ def write_sample(model, tokenizer, prompt):
 
 
 # Try this, one edit at a time, with the constants of the README's preset scratch-small, --max-iters
-# 200, and EVAL_INTERVAL = 200 (unchanged: a loss of 5.5482 in 1 min 54 s):
+# 200, and EVAL_INTERVAL = 200 (unchanged: best 5.5482, in 1 min 54 s):
 # - QKV_BIAS = False: 5.5336. These biases are not needed; most newer models have none.
 # - BATCH_SIZE = 2: 5.6089. The gradients are the same sums, but dropout draws other numbers.
 # - HALF_WEIGHTS = False, with --sample: 286 tokens/s rather than 320. Large models gain more.

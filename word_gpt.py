@@ -1,11 +1,11 @@
 """A GPT in one file, word by word: it reads 50,000 film reviews and learns to write another one.
 
 Read char_gpt.py first: the blocks and their training are the same. What is new comes with real
-text, in the order of the file:
+text, mostly in the order of the file:
 - clean: reviews contain web markup, links, capitals; a model learns only what is frequent
 - build_vocabulary, Tokenizer: tokens are words. The number of different words has no limit, so all
   rare ones share one token, <unk> (unknown). "Some rare word" is easier to predict than the word
-  itself, so the loss looks better than it is. "known" skips <unk>: also without hard words.
+  itself, so the loss looks too good. "known" skips <unk>, so all rare words: too good, too.
 - split_documents, split_text: the text is many documents. Each ends with the token <eos> (end of
   sequence), so that the model learns when to stop. A document goes to one split as a whole:
   otherwise the model would already know one half of it when it is measured on the other.
@@ -16,7 +16,7 @@ text, in the order of the file:
 - estimate_loss, measure: accuracy is the share of targets that had the highest probability;
   perplexity is e^loss: the model is as unsure as if choosing among this many equally likely tokens
 - beam_search: looks for the likeliest text, which is dull
-- attention_weights: shows which words each word looks at, as a picture
+- attention_weights: finds which words each word looks at, for a picture
 - download, read_archive: 84 MB, once
 
     python word_gpt.py                                train, then continue the PROMPT
@@ -26,7 +26,7 @@ text, in the order of the file:
     python word_gpt.py --data mytext.txt              train on paragraphs of a text; -h: all flags
 
 Measured with the defaults (2 cores of an Intel Xeon with bfloat16, Linux, Python 3.11, SEED 1337,
-torch 2.13.0): 5 min 7 s; V = 36,980; 1.31% of the validation tokens are <unk>. Over all of them,
+torch 2.13.0): 5 min 7 s; V = 36,980; 1.31% of the validation tokens are <unk>. Over all targets,
 the loss is 5.3361 nats a token (5.3513 without <unk>; ln V = 10.5181), the accuracy 17.88%, the
 perplexity 207.7. A word has many characters: its loss does not compare with that of one. It writes:
 
@@ -72,7 +72,7 @@ from torch import nn
 
 # --- 1. Hyperparameters: edit them, and run again. Each is explained where it is used. ------------
 NAME = "word_gpt"  # names of files: .pt, .resume.pt, .png, .lock, _attention.png
-ON_GPU = torch.cuda.is_available()  # where a line has two values, the first is for a CUDA GPU
+ON_GPU = torch.cuda.is_available()  # where a line has an else, the first value is for a CUDA GPU
 DEVICES = ["cuda"] * ON_GPU + ["mps"] * torch.backends.mps.is_available() + ["cpu"]  # fastest first
 DEVICE = DEVICES[0]  # where the tensors are
 SEED = 1337  # where all random numbers start: any number; another one gives another model
@@ -80,7 +80,7 @@ SEED = 1337  # where all random numbers start: any number; another one gives ano
 DATA = "aclImdb_v1.tar.gz"  # or any UTF-8 text, with empty lines between its documents
 DATA_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 DATA_SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
-TRAIN_SHARE = 0.8  # 80% of the documents are for training, the rest only for measuring
+TRAIN_SHARE = 0.8  # 80% of the documents are for training, the rest for measuring
 VAL_SHARE = 0.1  # 10% choose the best parameters; the last 10%, the test, are measured once
 CLEANING = "spaced"  # "reference": cruder, as in many published experiments; see clean
 MIN_FREQ = 5  # a word that is rarer in the training documents is <unk>; lower: slower
@@ -88,14 +88,14 @@ MIN_FREQ = 5  # a word that is rarer in the training documents is <unk>; lower: 
 BLOCK_SIZE = 64  # T, tokens that the model sees; more: better, and slower
 N_EMBED = 256  # C; twice as many take up to 4 times as long
 N_LAYERS = 2  # blocks; more: better, and slower
-N_HEADS = 2  # H; must divide N_EMBED; a head size of 32 or 64 is usual
+N_HEADS = 2  # H; must divide N_EMBED; a head size of 32 to 128 is usual
 CUTOFFS = (2000, 10000)  # ids where groups of rarer words begin; (): no groups, slower
 DROPOUT = 0.1 if ON_GPU else 0.0  # raise it against overfitting
 # Optimization
 BATCH_SIZE = 128 if ON_GPU else 32  # B; more: a more exact gradient, and a slower step
 MAX_ITERS = 10000 if ON_GPU else 1800  # training steps
 LEARNING_RATE = 1e-3 if ON_GPU else 5e-3  # the peak; too high: the loss jumps; too low: it crawls
-FINAL_LR = 0.0  # share of the peak that is left at the end; 1: a constant rate
+FINAL_LR = 0.0  # share of the peak that is left at the end; 1: it never falls
 WARMUP_ITERS = 100  # steps until the peak
 BETAS = (0.9, 0.99)  # AdamW averages about 1 / (1 - beta) steps: 10 gradients, 100 squares of them
 WEIGHT_DECAY = 0.1  # pulls matrices towards zero; more: less overfitting
@@ -123,7 +123,7 @@ class Replacements(dict):
         character, kind = chr(code), unicodedata.category(chr(code))
         if self.cleaning == "reference":
             self[code] = character if "a" <= character <= "z" else " " * character.isspace()
-        elif character in "'’`´\ufe0f" or kind == "Cf":  # don't -> dont; \ufe0f, Cf: invisible
+        elif character in "'’`´\ufe0f" or kind == "Cf":  # dont, not don t; others: invisible
             self[code] = None
         else:  # L...: a letter, M...: a mark on it, N...: a digit
             self[code] = character if kind[0] in "LMN" else " "
@@ -137,7 +137,7 @@ def clean(text, cleaning):
     """Return the words of a text, with one space between them: letters, their marks, and digits.
 
     The model learns what it sees often. So `Film`, `film,` and `film.` become one word. The price:
-    it will never write a full stop. A number alone is no word here.
+    it will never write a full stop. A number alone is dropped: most are rare.
 
     >>> clean("A well-made film.<br /><br />Don't miss the 80s, it's 10/10!", "spaced")
     'a well made film dont miss the 80s its'
@@ -205,7 +205,7 @@ def split_documents(documents, train_share, val_share):
     We keep the parameters with the lowest validation loss: partly luck. Therefore a third
     split, the test, is measured once, at the end."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(1337))
-    documents = [documents[i] for i in order.tolist()]  # the same order for every SEED
+    documents = [documents[i] for i in order.tolist()]  # for all SEEDs: losses compare
     a, b = (round(share * len(documents)) for share in (train_share, train_share + val_share))
     check(0 < a < b < len(documents), "TRAIN_SHARE, VAL_SHARE: a split has no document")
     return {"train": documents[:a], "val": documents[a:b], "test": documents[b:]}
@@ -324,7 +324,7 @@ class MultiHead(nn.Module):
         check(n_embed % n_heads == 0, f"N_HEADS = {n_heads} does not divide N_EMBED = {n_embed}")
         self.n_heads = n_heads
         # Three layers in one matrix, without biases. Softmax would ignore k's, since q · (k + b) =
-        # q · k + q · b adds the same to a row. projection's can do v's. Llama omits q's as well.
+        # q · k + q · b adds the same to a row. Weights sum to 1, so projection's can do v's.
         self.qkv = nn.Linear(n_embed, 3 * n_embed, bias=False)
         self.head = Head()
         self.projection = nn.Linear(n_embed, n_embed)
@@ -382,11 +382,11 @@ class Block(nn.Module):
 
 
 class AdaptiveSoftmax(nn.Module):
-    """The last layer, for a large V (Grave et al. 2016, arXiv 1609.04309; here simplified).
+    """The last layer, for a large V (Grave et al. 2016, arXiv 1609.04309).
 
     Logits of all words would be most of the work of a step, and most words are rare. A word
     takes two choices: a frequent word or a group of rarer ones; then, for a group, a word of it.
-    P(rare word) = P(group) · P(word in its group). In a group, the latter have the sum 1: its words
+    P(rare word) = P(group) · P(word in its group). In a group, the second P sum to 1: its words
     get P(group) together, and all words 1. Word ids are sorted by frequency, so groups are ranges.
     For V = 7 and the cutoffs 3 and 5, where wi has the id i, and g0 means w3 or w4:
 
@@ -414,7 +414,7 @@ class AdaptiveSoftmax(nn.Module):
 
     def embed(self, idx):
         """Return the vectors of the tokens idx (B, T): (B, T, C). The rows of groups come first."""
-        return F.embedding(idx + len(self.cutoffs) * (idx >= 0), self.weight)  # < 0: an error
+        return F.embedding(idx + len(self.cutoffs) * (idx >= 0), self.weight)  # < 0 must fail
 
     def softmaxes(self):
         """Return one (weight, bias) per softmax: its own rows of the whole."""
@@ -423,7 +423,7 @@ class AdaptiveSoftmax(nn.Module):
     def logits(self, x, softmax):
         """Return the logits of one softmax: (N, C) @ (C, its rows) -> (N, its rows)."""
         # N varies: T, or the number of targets. PyTorch prepares a product anew for each new N,
-        # which costs time and memory. Rows of zeros fill x to a multiple of 64.
+        # which costs time and memory. Zero rows to a multiple of 64: fewer Ns.
         N = x.shape[-2]
         return F.linear(F.pad(x, (0, 0, 0, -N % 64)), *softmax)[..., :N, :].float()
 
@@ -454,7 +454,7 @@ class AdaptiveSoftmax(nn.Module):
             group += targets >= cutoff  # each cutoff that is reached adds 1
         softmax, *others = self.softmaxes()
         first = F.log_softmax(self.logits(x, softmax), dim=-1)  # (N, groups and frequent words)
-        words = targets + n_groups * (targets >= 0)  # their rows; a target below 0 is an error
+        words = targets + n_groups * (targets >= 0)  # their rows; < 0 stays < 0, and fails
         chosen = torch.where(group < 0, words, group)  # the word, or its group
         losses = F.nll_loss(first, chosen, reduction="none")  # -first[chosen]: -ln P of it
         for g, cutoff in enumerate(self.cutoffs):
@@ -552,7 +552,7 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(p.grad, 0.05)  # in place (_): 0.95 · old average + 0.05 · gradient
                 update = orthogonalize(p.grad.lerp(average, 0.95))  # a little more of the new one
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # Numbers move by about 0.2 · lr, as with AdamW (Liu et al. 2025, arXiv 2502.16982).
+                # Entries are about 1/√max(shape): now 0.2 · lr (Liu et al. 2025, arXiv 2502.16982).
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
@@ -562,7 +562,7 @@ def orthogonalize(matrix):
     >>> [round(x, 1) for x in orthogonalize(torch.tensor([100.0, 10, 1]).diag()).diag().tolist()]
     [0.7, 0.7, 0.7]
 
-    Each round (Newton-Schulz) makes s 3.4445 s - 4.775 s³ + 2.0315 s⁵: small s grow, 1 falls."""
+    A round (Newton-Schulz) maps s to 3.4445 s - 4.775 s³ + 2.0315 s⁵: small s grow, 1 falls."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T  # the same result, from smaller products
     x = matrix.bfloat16() if has_bfloat16(matrix.device) else matrix
@@ -606,7 +606,7 @@ def train_step(model, optimizers, x, y, lr):
     model.train()  # switches dropout on
     _, loss = model(x, y)
     loss.backward()  # computes the gradient: d loss / d parameter, for every parameter
-    nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP or math.inf)  # for odd batches
+    nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP or math.inf)  # limits its size
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -618,8 +618,8 @@ def train_step(model, optimizers, x, y, lr):
 def train(model, tokenizer, splits, flags, text_id):
     """Train. Every EVAL_INTERVAL steps, print the losses of both `splits` and a sample, and save.
 
-    --resume goes on; with the same --max-iters, to the same end, bit for bit. Then the model has
-    its best parameters, by validation loss. Return {"steps": total, "seconds", ...}."""
+    --resume goes on; with the same --max-iters, to the same end, bit for bit. Then the model
+    has the best of its saved parameters, by validation loss. Return {"steps", "seconds", ...}."""
     optimizers, device = make_optimizers(model), next(model.parameters()).device
     step, history = load_training_state(optimizers, text_id) if flags.resume else (0, {})
     check(step < flags.max_iters, f"{step:,} steps are done: raise --max-iters to go on")
@@ -669,7 +669,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     >>> [round(next_token_probabilities(two, t)[0].item(), 2) for t in (0, 0.5, 1, 2)]
     [1.0, 0.88, 0.73, 0.62]
 
-    top_k keeps the k most likely tokens. top_p keeps the fewest of these with the share p of them:
+    top_k keeps the k most likely tokens. top_p keeps the first of these until their share is p:
     few where the model is sure, many where it is not (Holtzman et al. 2019, arXiv 1904.09751).
 
     >>> three = torch.tensor([0.5, 0.3, 0.2]).log()  # softmax gives 0.5, 0.3, 0.2
@@ -681,7 +681,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     probabilities = F.softmax((logits - logits.max()) / max(temperature, 1e-9), dim=-1)
     kept, ids = probabilities.topk(min(top_k or V, V))  # the most likely ones, in falling order
     if top_p is not None:
-        # Drop a token if the more likely ones before it have probability top_p together.
+        # Drop a token if those before it reach top_p. kept[1:] is a view: kept changes.
         kept[1:][kept.cumsum(0)[:-1] >= top_p * kept.sum()] = 0
     return torch.zeros(V).scatter(0, ids, kept / kept.sum())  # each back to its own place
 
@@ -711,7 +711,7 @@ def beam_search(model, ids, max_new_tokens, beams):
     continued, and of all continuations the likeliest `beams` are kept. One beam is the greedy
     choice. A phrase that fits any film is likely, a special detail is not: the result is dull. It
     repeats itself: what was likely once is so again. People do not write what is likeliest
-    (Holtzman et al. 2019). It prefers short texts: each token makes a text less likely."""
+    (Holtzman et al. 2019). Short texts win: each token makes a text less likely."""
     check(len(ids) > 0, "the prompt has no token: give some text to continue")
     model.eval()  # switches dropout off
     kept = [(0.0, [])]  # (ln of the probability, new ids), the likeliest first
@@ -1000,7 +1000,7 @@ def evaluate(model, tokenizer, splits, prompt, step):
 
 
 def measure(model, splits, documents):
-    """Print the exact metrics of the validation and the test split, and return them for `main`.
+    """Print the metrics of all of the validation and the test split, and return them for `main`.
 
     Bits per character count the characters of the clean documents, and a space after each word."""
     print("measuring all of the validation and the test split", flush=True)

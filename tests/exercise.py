@@ -12,7 +12,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from lessons import SCRIPTS, functions, parse, read_original
+from lessons import SCRIPTS, functions, read_original
 
 
 def body(node):
@@ -20,31 +20,27 @@ def body(node):
     return node.body[ast.get_docstring(node) is not None :]
 
 
-def find_definitions(name, pieces):
-    """Return {definition: its piece} that a name means: a piece, a function, or a whole class."""
-    known = {d: piece for piece in pieces for d in piece.definitions.split()}
-    return {d: p for d, p in known.items() if name in (d, d.partition(".")[0], p.name)}
-
-
-def write_exercise(script, definitions):
-    """Return the source of a script in which these {definition: piece} raise an error.
+def write_exercise(script, pieces, names):
+    """Return the source of a script in which what `names` mean (pieces, functions, classes) raises.
 
     Signatures, docstrings, and comments between them and the body, are kept."""
     source = read_original(script)
-    lines, nodes = source.splitlines(), functions(parse(source))
-    for name in sorted(definitions, key=lambda name: -nodes[name].lineno):  # from the end
+    lines, nodes = source.splitlines(), functions(ast.parse(source))
+    found = [(d, p.task) for p in pieces for d in p.definitions.split()
+             if {d, d.partition(".")[0], p.name} & {*names}]  # fmt: skip
+    for name, task in sorted(found, key=lambda pair: -nodes[pair[0]].lineno):  # from the end
         first, indent = body(nodes[name])[0], " " * nodes[name].body[0].col_offset
         start = min([first.lineno, *(d.lineno for d in getattr(first, "decorator_list", ()))])
-        task = textwrap.wrap(f"{name}: {definitions[name].task}", 80, drop_whitespace=False)
-        task = [f"{indent}    {json.dumps(part, ensure_ascii=False)}" for part in task]
-        stub = [f"{indent}raise NotImplementedError(", *task, f"{indent})"]
+        parts = textwrap.wrap(f"{name}: {task}", 80, drop_whitespace=False)
+        parts = [f"{indent}    {json.dumps(part, ensure_ascii=False)}" for part in parts]
+        stub = [f"{indent}raise NotImplementedError(", *parts, f"{indent})"]
         lines[start - 1 : nodes[name].end_lineno] = stub
     return "\n".join(lines) + "\n"
 
 
 def list_pieces(script, pieces):
     """Return a table: for each piece, how many lines of code it has, and what to write."""
-    nodes, rows = functions(parse(read_original(script))), []
+    nodes, rows = functions(ast.parse(read_original(script))), []
     for piece in pieces:
         code = [ast.unparse(part) for d in piece.definitions.split() for part in body(nodes[d])]
         n = len("\n".join(code).splitlines())
@@ -54,16 +50,18 @@ def list_pieces(script, pieces):
 
 def main(argv):
     """Write what the arguments ask for."""
-    script, found = Path(argv[0]).stem if argv else "", {}
+    script = Path(argv[0]).stem if argv else ""
     if script not in SCRIPTS:
         sys.exit(f"usage: exercise.py FILE [PIECE ...]; FILE: {', '.join(SCRIPTS)}")
-    pieces = importlib.import_module(f"lessons_{script}").PIECES
-    for name in argv[1:]:
-        found |= (new := find_definitions(name, pieces))
-        if not new:
-            sys.exit(f"{script}.py has no piece {name}: {', '.join(p.name for p in pieces)}")
+    pieces, names = importlib.import_module(f"lessons_{script}").PIECES, argv[1:]
     sys.stdout.reconfigure(encoding="utf-8")  # where a Windows terminal has another encoding
-    sys.stdout.write(write_exercise(script, found) if found else list_pieces(script, pieces))
+    if not names:
+        sys.stdout.write(list_pieces(script, pieces))
+        return
+    for name in names:
+        if write_exercise(script, pieces, [name]) == read_original(script):
+            sys.exit(f"{script}.py has no piece {name}: {', '.join(p.name for p in pieces)}")
+    sys.stdout.write(write_exercise(script, pieces, names))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ functions, imports, constants. So a mistake in `Head` does not spoil `FeedForwar
 """
 
 import ast
-import copy
 import functools
 import signal
 import textwrap
@@ -19,17 +18,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("char_gpt", "word_gpt", "gpt2")
-OURS = 10**6  # is added to the line numbers of our own code: a smaller number is the student's
 SECONDS = 10  # a solution that takes longer is stopped: it may be an endless loop
+# One exercise. `definitions` is "LM.__init__ LM.forward"; `grade(module)` raises Wrong or returns
+# None; `task` says in a few words what to write.
+Piece = namedtuple("Piece", "name definitions grade task")
 
 
 class Wrong(Exception):  # noqa: N818 - it is the student's solution that is wrong
     """A solution is wrong. The message is "name of the mistake: what it did to the numbers"."""
-
-
-# One exercise. `definitions` is "LM.__init__ LM.forward"; `grade(module)` raises Wrong or returns
-# None; `task` says in a few words what to write.
-Piece = namedtuple("Piece", "name definitions grade task")
 
 
 # --- Source code ----------------------------------------------------------------------------------
@@ -38,18 +34,12 @@ def read_original(script):
     return (ROOT / f"{script}.py").read_text(encoding="utf-8")
 
 
-@functools.lru_cache(8)
-def parse(source, offset=0):
-    """Return the syntax tree of a source, which nobody may change; line numbers plus an offset."""
-    return ast.increment_lineno(ast.parse(source), offset)
-
-
 def functions(tree):
     """Return {"get_batch": node, "Head.forward": node, ...}: a file's functions and methods."""
     owners = [("", tree), *((f"{n.name}.", n) for n in tree.body if isinstance(n, ast.ClassDef))]
-    found = [(part.lineno, owner + part.name, part) for owner, node in owners for part in node.body
-             if isinstance(part, ast.FunctionDef)]  # fmt: skip
-    return {name: node for _, name, node in sorted(found, key=lambda row: row[0])}
+    found = [(owner + f.name, f) for owner, node in owners for f in node.body
+             if isinstance(f, ast.FunctionDef)]  # fmt: skip
+    return dict(sorted(found, key=lambda pair: pair[1].lineno))
 
 
 def plant(script, piece, old, new):
@@ -57,7 +47,7 @@ def plant(script, piece, old, new):
 
     If it is not there as it is written, it is looked for in the code without comments."""
     source, places = read_original(script), []
-    for node in (functions(parse(source))[name] for name in piece.definitions.split()):
+    for node in (functions(ast.parse(source))[name] for name in piece.definitions.split()):
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
         written = "".join(source.splitlines(keepends=True)[first : node.end_lineno])
         plain = textwrap.indent(ast.unparse(node), " " * node.col_offset) + "\n"
@@ -68,12 +58,12 @@ def plant(script, piece, old, new):
 
 
 def table(text):
-    """Return the rows of "cell | cell | cell": ∅ is nothing, ¶ a new line; indented: it goes on."""
+    """Return the rows of "cell | cell": ∅ is nothing, ¶ a new line; an indented line goes on."""
     rows = text.strip().replace("\n    ", " ").replace("∅", "").splitlines()
     return [[cell.replace("¶", "\n") for cell in row.split(" | ")] for row in rows]
 
 
-# --- Loading --------------------------------------------------------------------------------------
+# --- Loading and judging --------------------------------------------------------------------------
 def bound_names(node):
     """Return the names that a statement defines; none for statements that a grader must not run."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -82,48 +72,37 @@ def bound_names(node):
     return {p.id for p in parts if isinstance(p, ast.Name) and isinstance(p.ctx, ast.Store)}
 
 
-def merge(ours, theirs, wanted, owner=""):
-    """Return our statements, with the `wanted` functions of theirs, and theirs with new names.
-
-    A new statement comes before the next one that both have, as in the student's file."""
-    where = {name: i for i, node in enumerate(ours) for name in bound_names(node)}
-    parts, place = [[node] for node in [*ours, ast.Pass(lineno=1, col_offset=0)]], len(ours)
-    for node in reversed(theirs):
-        names = bound_names(node)
-        for name in names & {*where}:
-            place = where[name]
-            if owner + name in wanted:
-                parts[place][-1] = wanted[owner + name]
-            elif isinstance(node, ast.ClassDef) and any(w.startswith(f"{name}.") for w in wanted):
-                whole = parts[place][-1] = copy.copy(ours[place])
-                whole.body = merge(whole.body, node.body, wanted, f"{name}.")
-        if not names & {*where} and names:
-            parts[place].insert(0, node)
-    return sum(parts, [])
+compile_once = functools.cache(compile)
 
 
 def load(script, source, definitions, file="my_gpt.py"):
     """Return our script as a module, with these definitions of the student's source.
 
-    `definitions` is "Head.forward get_batch": functions and methods, separated by spaces. Line
-    numbers of the student's functions remain those of the student's file."""
-    ours, theirs = copy.copy(parse(read_original(script), OURS)), parse(source)
-    written, names = functions(theirs), definitions.split()
+    `definitions` is "Head.forward get_batch": functions and methods, separated by spaces."""
+    module, tree, names = types.ModuleType(script), ast.parse(source), definitions.split()
+    module.__file__, written = str(ROOT / f"{script}.py"), functions(tree)
     for name in names:
         require(name in written, f"not written yet: {file} has no {name}")
         if (stub := ast.unparse(written[name].body[-1])).startswith("raise NotImplementedError"):
             exec(stub)  # what tests/exercise.py writes
-    imports = [node for node in theirs.body if isinstance(node, ast.Import | ast.ImportFrom)
-               and getattr(node, "module", "") != "__future__"]  # fmt: skip
-    ours.body = imports + merge(ours.body, theirs.body, {name: written[name] for name in names})
-    module = types.ModuleType(script)
-    module.__file__ = str(ROOT / f"{script}.py")
-    exec(compile(ours, file, "exec"), module.__dict__)
+    exec(compile_once(read_original(script), "original", "exec"), vars(module))
     module.has_bfloat16 = lambda device: False  # float32 everywhere: the references are exact
+    ours, owners = vars(module).copy(), {name.partition(".")[0] for name in names}
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
+                 or (bound_names(node) and bound_names(node) & {*ours} <= owners)]  # fmt: skip
+    exec(compile(tree, file, "exec"), vars(module))
+    for owner in owners - {*names}:  # the student's methods move into our class
+        theirs, whole = vars(module)[owner], ours[owner]
+        setattr(module, owner, whole)
+        for name, value in vars(theirs).items():
+            if f"{owner}.{name}" in names or not hasattr(whole, name):
+                setattr(whole, name, value)
+                cells = getattr(value, "__closure__", None) or ()
+                for cell in (cell for cell in cells if cell.cell_contents is theirs):
+                    cell.cell_contents = whole  # for super(), which asks for its class
     return module
 
 
-# --- Judging --------------------------------------------------------------------------------------
 def judge(piece, script, source, file="my_gpt.py", definitions=None):
     """Return what is wrong with a piece of a student's source, or None. It never raises."""
 
@@ -143,14 +122,14 @@ def judge(piece, script, source, file="my_gpt.py", definitions=None):
         return f"not written yet: {error}"
     except (Exception, SystemExit) as error:
         calls = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-        calls = [(c.co_qualname, line) for c, line in calls if c.co_filename == file]
-        theirs = [f" in {name}, line {line} of {file}" for name, line in calls if line < OURS]
+        theirs = [f" in {code.co_qualname}, line {line} of {file}" for code, line in calls
+                  if code.co_filename == file]  # fmt: skip
         return f"error: {type(error).__name__}{''.join(theirs[-1:])}: {error}".split("\n")[0]
     finally:
         alarm(0)
-    return None
 
 
+# --- Diagnosing -----------------------------------------------------------------------------------
 def require(condition, message):
     """Raise Wrong with the message, unless the condition holds."""
     if not condition:
@@ -168,7 +147,10 @@ def diagnose(got, right, wrong=(), rtol=1e-4, atol=1e-5, what="result"):
 
     `right` is a tensor, a number or a list; a tuple has several forms that are right. `wrong` is
     {name of a mistake: (its numbers or a tuple of forms, explanation)}. `what` names the thing."""
-    forms = lambda x: [torch.as_tensor(f).detach() for f in (x if isinstance(x, tuple) else (x,))]  # noqa: E731
+
+    def forms(x):
+        return [torch.as_tensor(f).detach() for f in (x if isinstance(x, tuple) else (x,))]
+
     try:
         got, rights = torch.as_tensor(got).detach(), forms(right)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -58,51 +58,6 @@ def train_tiny(gpt, text=TEXT[:20_000], flags=(), **constants):
 # --- the model against somebody else's ------------------------------------------------------------
 
 
-def test_head_equals_torch_attention(gpt):
-    q, k, v = (torch.randn(3, 4, 9, 8, requires_grad=True) for _ in range(3))
-    ours = gpt.Head()(q, k, v)
-    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    close(ours, theirs)
-    weights = torch.randn_like(ours)
-    for a, b in zip(
-        torch.autograd.grad((ours * weights).sum(), (q, k, v)),
-        torch.autograd.grad((theirs * weights).sum(), (q, k, v)),
-        strict=True,
-    ):
-        close(a, b)
-
-
-def test_multi_head_and_block_equal_torch(gpt):
-    ours = gpt.Block(32, 4, dropout=0.0)
-    theirs = nn.TransformerEncoderLayer(
-        32, 4, 128, dropout=0.0, activation="relu", batch_first=True, norm_first=True
-    )
-    names = {"self_attn.in_proj_weight": "attention.qkv.weight", "self_attn.in_proj_bias": None}
-    for their, our in (("self_attn.out_proj", "attention.projection"), ("norm1", "ln1"),
-                       ("linear1", "feed_forward.expand"), ("linear2", "feed_forward.shrink"),
-                       ("norm2", "ln2")):  # fmt: skip
-        names |= {f"{their}.{kind}": f"{our}.{kind}" for kind in ("weight", "bias")}
-    assert names.keys() == dict(theirs.named_parameters()).keys()
-    parameters = dict(ours.named_parameters())
-    pairs = [(p, parameters[names[n]]) for n, p in theirs.named_parameters() if names[n]]
-    assert len(pairs) == len(parameters)
-    with torch.no_grad():
-        for their, our in pairs:
-            their.copy_(our.normal_(std=0.3))
-        theirs.self_attn.in_proj_bias.zero_()
-    x = torch.randn(2, 7, 32)
-    mask = nn.Transformer.generate_square_subsequent_mask(7)
-    expected, _ = theirs.self_attn(x, x, x, attn_mask=mask, need_weights=False)
-    close(ours.attention(x), expected)
-    a, b = ours(x), theirs(x, src_mask=mask, is_causal=True)
-    close(a, b)
-    weights = torch.randn_like(a)
-    (a * weights).sum().backward()
-    (b * weights).sum().backward()
-    for their, our in pairs:
-        close(our.grad, their.grad, 1e-4)
-
-
 def test_model_equals_transformers(gpt):
     """The whole model: embeddings, blocks, LayerNorm, output layer, loss, and all gradients."""
     config = transformers.GPT2Config(
@@ -156,14 +111,6 @@ def test_loss_by_hand(model):
     ]
     assert loss.item() == pytest.approx(sum(terms) / 19, abs=1e-5)
     assert model(idx)[1] is None and torch.equal(model(idx)[0], logits)
-
-
-def test_loss_before_training_is_near_ln_v(gpt):
-    for seed in range(3):
-        torch.manual_seed(seed)
-        model = gpt.LM(65, 128, 128, 4, 4, 0.0)
-        tokens = torch.tensor(gpt.Tokenizer(TEXT).encode(TEXT[:5_000]))
-        assert abs(gpt.estimate_loss(model, tokens, 8)["loss"] - math.log(65)) < 0.1
 
 
 def test_no_token_sees_the_future(model):
@@ -225,14 +172,6 @@ def test_text_tokenizer_and_split(gpt):
             gpt.split_text(short, gpt.Tokenizer(short), share, 16)
 
 
-def test_get_batch_draws_every_window(gpt):
-    x, y = gpt.get_batch(torch.arange(9), 5, 8, CPU)
-    assert x.tolist() == [list(range(8))] * 5 and y.tolist() == [list(range(1, 9))] * 5
-    x, y = gpt.get_batch(torch.arange(20), 500, 4, CPU)
-    assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(4))
-    assert set(x[:, 0].tolist()) == set(range(16))
-
-
 # --- the estimate of the loss ---------------------------------------------------------------------
 
 
@@ -265,26 +204,6 @@ def test_estimate_loss_equals_a_slow_double_loop(gpt, model):
 # --- sampling -------------------------------------------------------------------------------------
 
 
-def test_probabilities_worked_out_by_hand(gpt):
-    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log() + 7
-    for options, probabilities in {
-        (1.0, None, None): [0.1, 0.4, 0.2, 0.3],
-        (0.5, None, None): [1 / 30, 16 / 30, 4 / 30, 9 / 30],  # squares, normalised
-        (2.0, 1, None): [0, 1, 0, 0],
-        (1.0, 2, None): [0, 4 / 7, 0, 3 / 7],
-        (1.0, 99, 1.0): [0.1, 0.4, 0.2, 0.3],
-        (1.0, None, 0.39): [0, 1, 0, 0],
-        (1.0, None, 0.41): [0, 4 / 7, 0, 3 / 7],
-        (1.0, None, 0.71): [0, 4 / 9, 2 / 9, 3 / 9],
-        (1.0, 3, 0.5): [0, 4 / 7, 0, 3 / 7],  # after top-k: 4/9 alone is too little, 7/9 enough
-        (0, None, None): [0, 1, 0, 0],
-        (1e-30, None, None): [0, 1, 0, 0],
-        (1.0, None, 0.0): [0, 1, 0, 0],  # the most likely one always stays
-    }.items():
-        close(gpt.next_token_probabilities(logits, *options), torch.tensor(probabilities) * 1.0)
-    assert (gpt.next_token_probabilities(torch.zeros(9), top_k=4) > 0).sum() == 4  # among equals
-
-
 @pytest.mark.parametrize("temperature", [0, 2.0])
 def test_generate(gpt, model, temperature):
     """It draws from these probabilities, in eval mode, and feeds the last T tokens."""
@@ -306,24 +225,11 @@ def test_generate(gpt, model, temperature):
         greedy = logits.argmax().item()
         p = (logits / (temperature or 1)).softmax(-1)
         assert token == (torch.multinomial(p, 1).item() if temperature else greedy)
-    with pytest.raises(gpt.UserError, match="prompt is empty"):
+    with pytest.raises(gpt.UserError, match="no token"):
         next(gpt.generate(model, [], 1))
 
 
 # --- training -------------------------------------------------------------------------------------
-
-
-def test_learning_rate(gpt):
-    for final, count, warmup in ((0.0, 1000, 100), (0.1, 1000, 100), (1.0, 50, 5), (0.0, 9, 1)):
-        gpt.FINAL_LR, gpt.WARMUP_ITERS = final, 100
-        rates = [gpt.get_lr(step, count, 0.01) for step in range(count)]
-        assert max(rates) == rates[warmup - 1] == pytest.approx(0.01)
-        for step, rate in enumerate(rates[:warmup]):
-            assert rate == pytest.approx(0.01 * (step + 1) / warmup)
-        falls = [a - b for a, b in zip(rates[warmup - 1 :], rates[warmup:], strict=False)]
-        assert falls == pytest.approx([0.01 * (1 - final) / (count - warmup + 1)] * len(falls))
-        assert rates[-1] > 0.01 * final or final == 1 == rates[-1] * 100
-    assert gpt.get_lr(0, 1, 0.01) == pytest.approx(0.01)
 
 
 def slow_muon(p, gradients, lr, decay):
@@ -362,37 +268,6 @@ def test_muon_equals_torch_and_a_slow_one(gpt, shape):
     assert (ours[True] - theirs).norm() < 0.03 * theirs.norm()
     assert (ours[False] - theirs).norm() < 0.05 * theirs.norm()
     close(ours[False], slow_muon(start, gradients, 0.02, 0.1) - start)
-
-
-def test_only_matrices_decay_and_those_of_blocks_go_to_muon(gpt, model):
-    adamw, muon = gpt.make_optimizers(model)
-    assert type(adamw) is torch.optim.AdamW and type(muon) is gpt.Muon
-    groups = adamw.param_groups + muon.param_groups
-    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    by_muon = {id(p) for p in muon.param_groups[0]["params"]}
-    assert len(decay) == sum(len(group["params"]) for group in groups)
-    for name, p in model.named_parameters():
-        assert decay[id(p)] == (gpt.WEIGHT_DECAY if p.dim() == 2 else 0), name
-        assert (id(p) in by_muon) == (name.startswith("blocks") and p.dim() == 2), name
-    assert all(group["betas"] == gpt.BETAS for group in adamw.param_groups)
-
-
-@pytest.mark.parametrize("clip", [None, 0.01])
-def test_a_step_is_loss_gradient_clipping_update(gpt, clip):
-    gpt.GRADIENT_CLIP = clip
-    model = gpt.LM(11, 8, 16, 2, 1, dropout=0.0).eval()
-    x, y = torch.randint(11, (2, 4, 8))
-    before = [p.detach().clone() for p in model.parameters()]
-    expected = model(x, y)[1]
-    gradients = torch.autograd.grad(expected, list(model.parameters()))
-    length = math.sqrt(sum(g.square().sum().item() for g in gradients))
-    assert length > 0.02
-    factor = 1 if clip is None else clip / length
-    assert gpt.train_step(model, [torch.optim.SGD(model.parameters())], x, y, 0.5) == expected
-    for p, old, g in zip(model.parameters(), before, gradients, strict=True):
-        close(p.detach(), old - 0.5 * factor * g)
-        assert p.grad is None or not p.grad.any()
-    assert model.training
 
 
 def test_every_constant_of_training_reaches_it(gpt):

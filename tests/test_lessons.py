@@ -13,12 +13,11 @@ from pathlib import Path
 
 import exercise
 import pytest
-from lessons import ROOT, SCRIPTS, functions, judge, parse, plant, read_original
+from lessons import ROOT, SCRIPTS, functions, judge, plant, read_original
 
 LESSONS = {script: importlib.import_module(f"lessons_{script}") for script in SCRIPTS}
 PIECES = {(script, piece.name): piece for script in LESSONS for piece in LESSONS[script].PIECES}
 VERDICTS = {"right": [], "wrong": [], "not written yet": []}
-HEAD = PIECES["char_gpt", "Head"]
 
 
 # --- Grading --------------------------------------------------------------------------------------
@@ -26,13 +25,13 @@ def read_solution(path):
     """Return (script, source) of a student's file. UsageError: it cannot be graded."""
     try:
         source = path.read_text(encoding="utf-8-sig")
-        names = [ast.unparse(node) for node in parse(source).body if isinstance(node, ast.Assign)]
+        ast.parse(source)
     except (OSError, SyntaxError, ValueError) as error:
         raise pytest.UsageError(f"cannot read {path} as Python in UTF-8: {error}") from error
-    for script in LESSONS:
-        if f"NAME = '{script}'" in names:
-            return script, source
-    raise pytest.UsageError(f"{path.name} is no exercise: its NAME is none of {', '.join(LESSONS)}")
+    script = re.search(f'^NAME = "({"|".join(SCRIPTS)})"', source, re.MULTILINE)
+    if not script:
+        raise pytest.UsageError(f"{path} is no exercise: its NAME is none of {', '.join(SCRIPTS)}")
+    return script[1], source
 
 
 class Grading:
@@ -48,7 +47,6 @@ class Grading:
         items[:] = [item for item in items if item.callspec.id.endswith(self.only)] or items
 
     def pytest_terminal_summary(self, terminalreporter):
-        terminalreporter.section("pieces")
         for verdict, names in VERDICTS.items():
             terminalreporter.write_line(f"{verdict:<16}{len(names):>3}  {', '.join(names)}")
 
@@ -85,8 +83,7 @@ def each(kind):
 
 @pytest.mark.parametrize("script, name, mistake, edit", each("MISTAKES"))
 def test_a_planted_mistake_is_named(script, name, mistake, edit):
-    piece = PIECES[script, name]
-    message = judge(piece, script, plant(script, piece, *edit))
+    message = judge(PIECES[script, name], script, plant(script, PIECES[script, name], *edit))
     assert message and message.startswith(f"{mistake}: "), message
 
 
@@ -94,18 +91,18 @@ def test_a_planted_mistake_is_named(script, name, mistake, edit):
 def test_a_solution_in_another_way_is_accepted(script, name, source, new):
     piece = PIECES[script, name]  # a variant is (piece, source) or (piece, old, new)
     source = plant(script, piece, source, *new) if new else source
-    written = [d for d in piece.definitions.split() if d in functions(parse(source))]
+    written = {*piece.definitions.split()} & {*functions(ast.parse(source))}
     assert written and judge(piece, script, source, definitions=" ".join(written)) is None
 
 
 @pytest.mark.parametrize("script, name", PIECES, ids=map("-".join, PIECES))
 def test_an_exercise_keeps_all_but_the_bodies(script, name):
-    piece, original = PIECES[script, name], read_original(script)
-    written = exercise.write_exercise(script, exercise.find_definitions(name, [piece]))
-    before, after = functions(parse(original)), functions(ast.parse(written))
-    changed = {d: node for d, node in after.items() if ast.unparse(node) != ast.unparse(before[d])}
-    assert sorted(changed) == sorted(piece.definitions.split())
-    assert all(ast.get_docstring(node) == ast.get_docstring(before[d]) for d, node in changed.items())
+    piece = PIECES[script, name]
+    written = exercise.write_exercise(script, [piece], [name])
+    before, after = (functions(ast.parse(text)) for text in (read_original(script), written))
+    changed = {d for d, node in after.items() if ast.unparse(node) != ast.unparse(before[d])}
+    assert changed == {*piece.definitions.split()} and [*after] == [*before]
+    assert all(ast.get_docstring(after[d]) == ast.get_docstring(before[d]) for d in changed)
     message = judge(piece, script, written)
     assert message.startswith("not written yet: ") and message.endswith(f": {piece.task}"), message
 
@@ -113,21 +110,21 @@ def test_an_exercise_keeps_all_but_the_bodies(script, name):
 @pytest.mark.parametrize("script", LESSONS)
 def test_every_function_of_the_lesson_is_in_a_piece(script):
     source = read_original(script)
-    lesson = source[source.index("# --- 2.") : source.index("# --- 6.")]
+    lesson = functions(ast.parse(source[source.index("# --- 2.") : source.index("# --- 6.")]))
     defined = [d for piece in LESSONS[script].PIECES for d in piece.definitions.split()]
-    assert sorted(defined) == sorted(set(functions(ast.parse(lesson))) - {"Replacements.__init__"})
+    assert sorted(defined) == sorted({*lesson} - {"Replacements.__init__"})
 
 
 def test_a_broken_piece_does_not_fail_another(monkeypatch):
-    source = plant("char_gpt", HEAD, "return weights @ v", "return 1 / 0")
-    names = ("Head", "MultiHead", "FeedForward", "LM.forward", "generate")
-    first, *others = (judge(PIECES["char_gpt", name], "char_gpt", source) for name in names)
-    line = 1 + source[: source.index("return 1 / 0")].count("\n")
-    assert first == f"error: ZeroDivisionError in Head.forward, line {line} of my_gpt.py: division by zero"
-    assert others == [None] * 4
+    head, plan = PIECES["char_gpt", "Head"], ("char_gpt", PIECES["char_gpt", "Head"])
+    source = plant(*plan, "return weights @ v", "return 1 / 0")
+    place = f"Head.forward, line {source[: source.index('1 / 0')].count(chr(10)) + 1} of my_gpt.py"
+    names = ("MultiHead", "FeedForward", "LM.forward", "generate")
+    assert f"error: ZeroDivisionError in {place}: " in judge(head, "char_gpt", source)
+    assert not any(judge(PIECES["char_gpt", name], "char_gpt", source) for name in names)
     monkeypatch.setattr("lessons.SECONDS", 1)
-    source = plant("char_gpt", HEAD, "return weights @ v", "while True: pass")
-    assert "TimeoutError in Head.forward" in judge(HEAD, "char_gpt", source)
+    source = plant(*plan, "return weights @ v", "while True: pass")
+    assert "TimeoutError in Head.forward" in judge(head, "char_gpt", source)
 
 
 def test_the_loop_of_an_exercise_from_outside(tmp_path):
@@ -140,23 +137,20 @@ def test_the_loop_of_an_exercise_from_outside(tmp_path):
     assert len(stubs) == 5
     text = text.replace(stubs[0], "return (q @ k.mT / 2).tril().softmax(-1) @ v")
     (tmp_path / "my_gpt.py").write_text(text, encoding="utf-8")
-    grade = ["-m", "pytest", ROOT / "tests/test_lessons.py", "--file", "my_gpt.py", "-k"]
-    text = run(*grade, "Head or FeedForward")
+    grade = ["-m", "pytest", ROOT / "tests/test_lessons.py", "--file", "my_gpt.py"]
+    text = run(*grade, "-k", "Head or FeedForward")
     for line in ("right             1  MultiHead", "wrong             1  Head",
                  "not written yet   1  FeedForward"):  # fmt: skip
         assert line in text.splitlines(), text
-    assert "mask of 0 instead of -inf: " in text
-    assert "not written yet: FeedForward.__init__: two layers with relu" in text
-    assert "Traceback" not in text and len(text.splitlines()) < 30, text
+    assert "mask of 0 instead of -inf: " in text and "Traceback" not in text, text
 
 
 @pytest.mark.parametrize("content", [None, b"def f(:", b"NAME = 1", "NAME".encode("utf-16")])
 def test_a_file_that_cannot_be_graded(content, tmp_path):
-    path = tmp_path / "my.py"
     if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(pytest.UsageError, match="cannot read .*my.py|NAME is none of char_gpt"):
-        read_solution(path)
+        (tmp_path / "my.py").write_bytes(content)
+    with pytest.raises(pytest.UsageError, match=r"cannot read .*my.py|NAME is none of char_gpt"):
+        read_solution(tmp_path / "my.py")
 
 
 def test_the_list_of_pieces_and_an_unknown_name(capsys):
@@ -164,6 +158,7 @@ def test_the_list_of_pieces_and_an_unknown_name(capsys):
         exercise.main([f"{script}.py"])
         rows = capsys.readouterr().out.splitlines()
         assert [row.split()[0] for row in rows] == [p.name for p in LESSONS[script].PIECES]
-    for words, message in (["char_gpt.py", "Head", "Tail"], "no piece Tail: Tok"), (["no"], "usage"):
-        with pytest.raises(SystemExit, match=message):
-            exercise.main(words)
+    with pytest.raises(SystemExit, match="no piece Tail: Tokenizer, split_text"):
+        exercise.main(["char_gpt.py", "Head", "Tail"])
+    with pytest.raises(SystemExit, match="usage: "):
+        exercise.main(["other.py"])

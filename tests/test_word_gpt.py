@@ -221,19 +221,6 @@ def test_download_that_never_works(gpt, server, tmp_path, monkeypatch):
 
 
 # --- windows and padding --------------------------------------------------------------------------
-def test_batches_are_those_of_the_slow_definition(gpt, split):
-    tokens, edges = split
-    torch.manual_seed(3)
-    x, y = gpt.get_batch(split, 4000, 8, CPU)
-    torch.manual_seed(3)
-    starts, places = torch.randint(len(tokens), (4000, 1)), [*itertools.pairwise(edges.tolist())]
-    for start, xs, ys in zip(starts, x.tolist(), y.tolist(), strict=True):
-        begin, end = next((a, b) for a, b in places if a <= start < b)
-        place = max(begin, min(int(start), end - 9))
-        window = tokens[place : min(end, place + 9)].tolist()
-        assert xs == (window + [0] * 9)[:8] and ys == (window[1:] + [-100] * 9)[:8]
-
-
 def test_padding_changes_nothing(gpt, model):
     """Documents of 2 to 9 tokens in one batch, against each of them alone, without padding."""
     texts = [[*torch.randint(3, 11, (n - 1,)).tolist(), 2] for n in (2, 5, 9, 3)]
@@ -288,27 +275,6 @@ def full_softmax(layer, x, V, cutoffs):
     return torch.stack(columns, -1).log()
 
 
-@pytest.mark.parametrize("cutoffs", [(), (20,), (20, 35)])
-def test_adaptive_softmax_against_the_full_one(gpt, cutoffs):
-    layer, x = gpt.AdaptiveSoftmax(50, 16, cutoffs), torch.randn(9, 8, 16, requires_grad=True)
-    nn.init.normal_(layer.weight)
-    nn.init.constant_(layer.bias[: len(cutoffs)], 4.0)  # so that some rare words are likely
-    expected = full_softmax(layer, x.flatten(0, 1), 50, cutoffs)
-    torch.testing.assert_close(layer(x)[0].flatten(0, 1), expected)
-    torch.testing.assert_close(expected.exp().sum(-1), torch.ones(72))
-    y = torch.randint(0, 50, (72,))
-    y[::3], y[1::9] = expected.argmax(-1)[::3], -100
-    y[2:6] = torch.tensor([19, 20, 34, 35])
-    hits, losses = layer(x, y.view(9, 8), each=True)
-    torch.testing.assert_close(losses, nn.CrossEntropyLoss(reduction="none")(expected, y)[y >= 0])
-    assert torch.equal(hits, (expected.argmax(-1) == y)[y >= 0]) and 0 < hits.sum() < len(hits)
-    assert not cutoffs or y[y >= 0][hits].max() >= 20  # rare words are hit as well
-    wanted = [x, layer.weight, layer.bias]
-    ours = torch.autograd.grad(layer(x, y.view(9, 8))[1], wanted)
-    theirs = torch.autograd.grad(nn.CrossEntropyLoss()(expected, y), wanted)
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
-
-
 def test_large_products_have_few_shapes(gpt, split, monkeypatch):
     """Each new number of rows would cost preparation, which PyTorch keeps: 2.5 GB in 150 steps."""
     linear, rows = F.linear, set()
@@ -359,7 +325,7 @@ def test_generation_draws_words_until_eos(gpt, model):
     favour(model, t2=2.0)
     lengths = [len(list(gpt.generate(model, [3], 300))) for _ in range(20)]
     assert 0 < max(lengths) < 300
-    with pytest.raises(gpt.UserError, match="prompt is empty"):
+    with pytest.raises(gpt.UserError, match="no token"):
         gpt.beam_search(model, [], 5, 2)
 
 
@@ -370,29 +336,6 @@ def log_probability(model, ids, new):
         logits = model(torch.tensor([(ids + new[:i])[-model.block_size :]]))[0][0, -1].detach()
         total += F.log_softmax(logits[2:], -1)[token - 2].item()
     return total
-
-
-def test_beam_search_against_brute_force(gpt):
-    better_than_greedy = ended = 0
-    for seed in range(10):
-        torch.manual_seed(seed)
-        tiny = gpt.LM(vocab_size=6, block_size=4, n_embed=8, n_heads=2, n_layers=1, dropout=0.5)
-        tiny.eval()
-        for parameter in tiny.parameters():
-            nn.init.normal_(parameter, std=0.8)
-        every = [[*new, 2] for n in range(4) for new in itertools.product((3, 4, 5), repeat=n)]
-        every += map(list, itertools.product((3, 4, 5), repeat=4))
-        best = max(every, key=lambda new: log_probability(tiny, [3, 5], new))
-        found, score = gpt.beam_search(tiny.train(), [3, 5], 4, beams=500)
-        assert found == best and score == pytest.approx(
-            log_probability(tiny, [3, 5], best), rel=1e-4
-        )
-        greedy, _ = gpt.beam_search(tiny, [3, 5], 4, beams=1)
-        drawn = list(gpt.generate(tiny, [3, 5], 4, temperature=0))
-        assert greedy == drawn + [2] * (len(drawn) < 4)
-        better_than_greedy += greedy != best
-        ended += found[-1] == 2
-    assert better_than_greedy > 0 and ended > 0
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
