@@ -1,9 +1,6 @@
 """The autograder, what its lessons share: how a student's code is loaded, judged and diagnosed.
 
-Each piece of a script is judged alone. The module under test is our original, in which only the
-functions of that piece are the student's, and what the student's file has under new names: helper
-functions, imports, constants. So a mistake in `Head` does not spoil `FeedForward`.
-"""
+A piece is judged in our original, with the student's functions of that piece, and no others."""
 
 import ast
 import functools
@@ -19,16 +16,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("char_gpt", "word_gpt", "gpt2")
 SECONDS = 10  # a solution that takes longer is stopped: it may be an endless loop
-# One exercise. `definitions` is "LM.__init__ LM.forward"; `grade(module)` raises Wrong or returns
-# None; `task` says in a few words what to write.
+# definitions: "LM.__init__ LM.forward"; grade(module) raises Wrong, unless the piece is right
 Piece = namedtuple("Piece", "name definitions grade task")
+parse, compile_once = functools.lru_cache(8)(ast.parse), functools.cache(compile)
 
 
 class Wrong(Exception):  # noqa: N818 - it is the student's solution that is wrong
     """A solution is wrong. The message is "name of the mistake: what it did to the numbers"."""
 
 
-# --- Source code ----------------------------------------------------------------------------------
 @functools.cache
 def read_original(script):
     return (ROOT / f"{script}.py").read_text(encoding="utf-8")
@@ -43,11 +39,9 @@ def functions(tree):
 
 
 def plant(script, piece, old, new):
-    """Return the original's source with `old`, which is there once within the piece, replaced.
-
-    If it is not there as it is written, it is looked for in the code without comments."""
+    """Return the original with `new` for `old`, which the piece has once, or without comments."""
     source, places = read_original(script), []
-    for node in (functions(ast.parse(source))[name] for name in piece.definitions.split()):
+    for node in (functions(parse(source))[name] for name in piece.definitions.split()):
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
         written = "".join(source.splitlines(keepends=True)[first : node.end_lineno])
         plain = textwrap.indent(ast.unparse(node), " " * node.col_offset) + "\n"
@@ -63,23 +57,15 @@ def table(text):
     return [[cell.replace("¶", "\n") for cell in row.split(" | ")] for row in rows]
 
 
-# --- Loading and judging --------------------------------------------------------------------------
-def bound_names(node):
-    """Return the names that a statement defines; none for statements that a grader must not run."""
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return {node.name}
-    parts = ast.walk(node) if isinstance(node, ast.Assign | ast.AnnAssign) else ()
-    return {p.id for p in parts if isinstance(p, ast.Name) and isinstance(p.ctx, ast.Store)}
-
-
-compile_once = functools.cache(compile)
-
-
 def load(script, source, definitions, file="my_gpt.py"):
-    """Return our script as a module, with these definitions of the student's source.
+    """Return our script as a module, with these definitions of the student's source."""
 
-    `definitions` is "Head.forward get_batch": functions and methods, separated by spaces."""
-    module, tree, names = types.ModuleType(script), ast.parse(source), definitions.split()
+    def bound(node):  # the names that a statement defines; none for those that must not run
+        parts = ast.walk(node) if isinstance(node, ast.Assign | ast.AnnAssign) else ()
+        found = {p.id for p in parts if isinstance(p, ast.Name) and isinstance(p.ctx, ast.Store)}
+        return {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) else found
+
+    module, tree, names = types.ModuleType(script), parse(source), definitions.split()
     module.__file__, written = str(ROOT / f"{script}.py"), functions(tree)
     for name in names:
         require(name in written, f"not written yet: {file} has no {name}")
@@ -88,9 +74,9 @@ def load(script, source, definitions, file="my_gpt.py"):
     exec(compile_once(read_original(script), "original", "exec"), vars(module))
     module.has_bfloat16 = lambda device: False  # float32 everywhere: the references are exact
     ours, owners = vars(module).copy(), {name.partition(".")[0] for name in names}
-    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
-                 or (bound_names(node) and bound_names(node) & {*ours} <= owners)]  # fmt: skip
-    exec(compile(tree, file, "exec"), vars(module))
+    new = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
+           or (bound(node) and bound(node) & {*ours} <= owners)]  # fmt: skip
+    exec(compile(ast.Module(new, []), file, "exec"), vars(module))
     for owner in owners - {*names}:  # the student's methods move into our class
         theirs, whole = vars(module)[owner], ours[owner]
         setattr(module, owner, whole)
@@ -109,7 +95,7 @@ def judge(piece, script, source, file="my_gpt.py", definitions=None):
     def stop(signum, frame):
         raise TimeoutError(f"it did not end within {SECONDS} s: an endless loop?")
 
-    alarm = getattr(signal, "alarm", lambda seconds: None)  # Windows has none
+    alarm = getattr(signal, "alarm", abs)  # Windows has none
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, stop)
     try:
@@ -121,15 +107,14 @@ def judge(piece, script, source, file="my_gpt.py", definitions=None):
     except NotImplementedError as error:
         return f"not written yet: {error}"
     except (Exception, SystemExit) as error:
-        calls = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-        theirs = [f" in {code.co_qualname}, line {line} of {file}" for code, line in calls
-                  if code.co_filename == file]  # fmt: skip
-        return f"error: {type(error).__name__}{''.join(theirs[-1:])}: {error}".split("\n")[0]
+        frames = [(f.f_code, line) for f, line in traceback.walk_tb(error.__traceback__)]
+        places = [(c.co_qualname, n) for c, n in frames if c.co_filename == file]
+        place = " in {}, line {} of {}".format(*places[-1], file) if places else ""
+        return f"error: {type(error).__name__}{place}: {error}".split("\n")[0]
     finally:
         alarm(0)
 
 
-# --- Diagnosing -----------------------------------------------------------------------------------
 def require(condition, message):
     """Raise Wrong with the message, unless the condition holds."""
     if not condition:
@@ -137,9 +122,11 @@ def require(condition, message):
 
 
 def close(a, b, rtol=1e-4, atol=1e-5):
-    """Return whether two tensors have the same shape and, nearly, the same numbers."""
-    near = dict(rtol=rtol, atol=atol, equal_nan=True)
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), **near)
+    """Return whether two tensors are nearly equal, or a and one of a tuple b."""
+    if isinstance(b, tuple):
+        return any(close(a, form, rtol, atol) for form in b)
+    a, b = (torch.as_tensor(x).detach().double() for x in (a, b))
+    return a.shape == b.shape and torch.allclose(a, b, rtol, atol, equal_nan=True)
 
 
 def diagnose(got, right, wrong=(), rtol=1e-4, atol=1e-5, what="result"):
@@ -147,26 +134,20 @@ def diagnose(got, right, wrong=(), rtol=1e-4, atol=1e-5, what="result"):
 
     `right` is a tensor, a number or a list; a tuple has several forms that are right. `wrong` is
     {name of a mistake: (its numbers or a tuple of forms, explanation)}. `what` names the thing."""
-
-    def forms(x):
-        return [torch.as_tensor(f).detach() for f in (x if isinstance(x, tuple) else (x,))]
-
-    try:
-        got, rights = torch.as_tensor(got).detach(), forms(right)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise Wrong(f"type: the {what} is {got!r:.60}, not numbers") from error
-    right, same = rights[0], lambda form: close(got, form, rtol, atol)
-    kind = got.is_floating_point() == right.is_floating_point()
-    if kind and any(map(same, rights)):
+    require(got is not None, f"type: the {what} is None: is `return` missing?")
+    got = torch.as_tensor(got).detach()
+    first = torch.as_tensor(right[0] if isinstance(right, tuple) else right).detach()
+    kind = got.is_floating_point() == first.is_floating_point()
+    if kind and close(got, right, rtol, atol):
         return
     for name, (numbers, explanation) in dict(wrong).items():
-        require(not any(map(same, forms(numbers))), f"{name}: {explanation}")
-    require(got.shape == right.shape and kind, f"shape or type: the {what} is {tuple(got.shape)}, "
-            f"{got.dtype}; it should be {tuple(right.shape)}, {right.dtype}")  # fmt: skip
-    differ = ~torch.isclose(got.double(), right.double(), rtol=rtol, atol=atol, equal_nan=True)
-    place = tuple(differ.nonzero()[0].tolist())
-    at = f" at {list(place)} ({differ.sum()} of {differ.numel()} differ)" if place else ""
-    raise Wrong(f"{what}: {got[place].item():.5g} instead of {right[place].item():.5g}{at}")
+        require(not close(got, numbers, rtol, atol), f"{name}: {explanation}")
+    require(got.shape == first.shape and kind, f"shape or type: the {what} is {tuple(got.shape)}, "
+            f"{got.dtype}; it should be {tuple(first.shape)}, {first.dtype}")  # fmt: skip
+    differ = ~torch.isclose(got.double(), first.double(), rtol, atol, equal_nan=True)
+    at = tuple(differ.nonzero()[0].tolist())
+    where = f" at {list(at)}: {differ.sum()} of {differ.numel()} differ" if at else ""
+    raise Wrong(f"{what}: {got[at].item():.5g} instead of {first[at].item():.5g}{where}")
 
 
 def numbers(*shape, seed=0):

@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from lessons import Piece, Wrong, close, diagnose, numbers, randomize, require, table
 from torch import nn
 
-INF = math.inf
-
 
 # --- Data -----------------------------------------------------------------------------------------
 def grade_tokenizer(gpt):
@@ -62,7 +60,7 @@ def attention(q, k, v, mask="causal", scale=None, dim=-1):
     scores = torch.einsum("...qd,...kd->...qk", q, k) * (scale or q.shape[-1] ** -0.5)
     future = torch.ones(scores.shape[-2:]).triu(1).bool()
     hide = {"causal": future, "transposed": future.T}.get(mask, future & False)
-    weights = (scores.tril() if mask == "zero" else scores.masked_fill(hide, -INF)).softmax(dim)
+    weights = (scores.tril() if mask == "zero" else scores.masked_fill(hide, -1e9)).softmax(dim)
     return (weights.tril() if mask == "after" else weights) @ v
 
 
@@ -74,7 +72,7 @@ def grade_head(gpt):
         ("mask after the softmax", "mask", ["after"], "the weights of a row no longer have sum 1"),
         ("mask of 0 instead of -inf", "mask", ["zero"], "exp(0) = 1: the future keeps a weight"),
         ("scale missing", "scale", [1.0], "scores are too large: one token gets almost all weight"),
-        ("scale by the wrong root", "scale", [12**-0.5, 0.25], "divide by √hs = 2, no other"),
+        ("scale by the wrong root", "scale", [12**-0.5, 0.25], "divide by √hs = 2, not √C or hs"),
         ("softmax over the wrong dimension", "dim", [0, 1, 2], "each row must have sum 1: dim=-1"),
     )
     diagnose(gpt.Head()(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True), {
@@ -89,6 +87,7 @@ def check_dropout(make, *inputs):
     require(differ(make(0.5).train()), "dropout missing: in training, two calls do not differ")
     require(not differ(make(0.5).eval()), "dropout on in evaluation: two calls differ after "
             "model.eval(). Use nn.Dropout, or F.dropout with self.training")
+    require(not differ(make(0.0).train()), "dropout ignores its argument: 0.0 drops numbers, too")
 
 
 def multi_heads(layer, x, H, mistake=""):
@@ -167,6 +166,7 @@ def grade_lm_init(gpt):
     require(n == 2, f"blocks: {n} instead of 2. `[Block(...)] * n` is n times the same block")
     right = 2 * V * C + T * C + 2 * C + 2 * size(gpt.Block(C, 4, 0.5))
     require(size(model) == right, f"parameters: {size(model)}, not {right}. lm_head has no bias")
+    require("p=0.0" not in f"{model}", "dropout missing: some layers got 0.0 instead of `dropout`")
     std, loss = model.lm_head.weight.std().item(), model.eval()(*torch.randint(V, (2, 64, T)))[1]
     require(0.018 < std < 0.022, f"initialisation: lm_head has the standard deviation {std:.3f}, "
             f"not 0.02. The loss starts at {loss:.2f}, not just above ln V = {math.log(V):.2f}")
@@ -304,7 +304,7 @@ def grade_get_lr(gpt):
 def grade_train_step(gpt):
     x, y = torch.randint(7, (2, 3, 4))
 
-    def descend(clips=(0.1, 0.1, INF), kept=0, rates=(0.5, 0.5, 0.5)):
+    def descend(clips=(0.1, 0.1, 1e9), kept=0, rates=(0.5, 0.5, 0.5)):
         """Return the table after three steps of gradient descent. The options are the mistakes."""
         model, g = Bigram(numbers(7, 7)), 0
         for clip, rate in zip(clips, rates, strict=True):
@@ -323,7 +323,7 @@ def grade_train_step(gpt):
             'used 9.0, not lr = 0.5. Set group["lr"] in each optimizer, before its step')
     diagnose(model.table, descend(), {
         "step missing": (numbers(7, 7), "nothing changes. Is the gradient zeroed before the step?"),
-        "clipping missing": (descend((INF,) * 3), "cut the gradient's length before the step"),
+        "clipping missing": (descend((1e9,) * 3), "cut the length of the gradient before the step"),
         "gradients not zeroed": (descend(kept=1), "the new gradient is added to the one before"),
     }, what="parameter after 3 steps")
     diagnose(losses[0], F.cross_entropy(numbers(7, 7)[x].mT, y), what="loss before the step")

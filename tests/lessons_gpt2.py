@@ -12,7 +12,7 @@ import lessons_char_gpt as char
 import torch
 import torch.nn.functional as F
 from conftest import SMALL_BPE
-from lessons import Piece, Wrong, diagnose, numbers, randomize, require
+from lessons import Piece, Wrong, diagnose, numbers, randomize, require, table
 
 SIZES = dict(vocab_size=8, block_size=8, n_embed=8, n_heads=2, n_layers=2, dropout=0.0)
 END, MARK, HALF = "<|endoftext|>", "\ufeff", "\ufffd"  # HALF: shown for a part of a character
@@ -60,7 +60,7 @@ def grade_tokens(gpt):
     char.grade_estimate_loss(gpt)
 
 
-# --- Model, training, generation ----------------------------------------------------------------------------------------
+# --- Model, training, generation ------------------------------------------------------------------
 @torch.no_grad()
 def grade_attention(gpt):
     char.grade_head(gpt)
@@ -95,7 +95,7 @@ def grade_feed_forward(gpt):
     form = lambda f: f(x @ a.weight.T + a.bias) @ b.weight.T + b.bias
     tanh = lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
     diagnose(layer(x), form(tanh), wrong={
-        "relu instead of gelu": (form(F.relu), "-1 becomes 0, with gelu -0.16: the weights need it"),
+        "relu instead of gelu": (form(F.relu), "-1 becomes 0. OpenAI trained with gelu: -0.16"),
         "exact gelu": (form(F.gelu), "2 becomes 1.9545; with GPT-2's approximation, 1.9546")})
     char.check_dropout(make, x)
 
@@ -119,8 +119,8 @@ def grade_lm(gpt):
         with torch.no_grad():
             got, alone = (model(idx[:, start:end], caches=used)[0] for used in (caches, None))
         diagnose(got, right(*range(end)), what=f"logits of token {end - 1} with a cache", wrong={
-            "one position off": (tuple(right(*p) for p in off), "the last token got its neighbour's "
-                f"position, not {end - 1}. The cache holds {start} tokens, at 0, 1, ..."),
+            "one position off": (tuple(right(*p) for p in off), f"token {end - 1} got the "
+                "position before or after its own. Positions count from 0"),
             "positions restart": (right(0, 1, 2, 0), "the token after 3 got position 0, not 3"),
             "cache not passed": (alone[:, -1:], "token 3 sees none before it")})
 
@@ -146,7 +146,7 @@ def grade_load_pretrained(gpt):
             except gpt.UserError as error:
                 require("match" not in f"{error.__cause__}", "not transposed: OpenAI's c_attn is "
                         "(C, 3C), for x @ W; nn.Linear holds (3C, C)")
-                raise Wrong(f"file refused: names may begin with {prefix!r}: {error}") from error
+                raise Wrong(f"file refused: masks and {prefix!r} may be there: {error}") from error
         diagnose(model.eval()(idx)[0], logits(), what="logits", wrong={
             "square matrices not transposed": (logits("attn.c_proj.weight"), "attn.c_proj is "
                 "(C, C): its shape does not show that it must be transposed, too")})
@@ -159,6 +159,7 @@ def grade_make_optimizers(gpt):
     decays = {p: g["weight_decay"] for o in optimizers for g in o.param_groups for p in g["params"]}
     for name, p in model.named_parameters():
         got, right = decays.get(p), 0.25 * (p.dim() == 2)
+        require(p in decays, f"parameters left out: {name} is in no group, so it never changes")
         require(got == right, f"weight decay: {name} has {got}, not {right}: for matrices only")
     kinds = [(type(optimizer).__name__, optimizer.defaults["betas"]) for optimizer in optimizers]
     require(kinds == [("AdamW", gpt.BETAS)], f"wrong optimizer: {kinds}, not AdamW with BETAS")
@@ -176,7 +177,7 @@ def grade_train_step(gpt):
     require(len(model.seen) > 1, "one large batch: all windows at once do not fit in memory")
     diagnose(twin.table - model.table, mean(share), what="gradient", wrong={
         "not divided": (mean(share**0), "3 means are added: multiply each by its share of windows"),
-        "gradients zeroed in each batch": (mean(last), "only the last batch's is left")})
+        "gradients zeroed in each batch": (mean(last), "the last batch's alone is left")})
     diagnose(got, share @ torch.stack(losses), what="loss")
 
 def grade_generate(gpt):
@@ -193,14 +194,16 @@ def grade_generate(gpt):
             rows.append(F.pad(row, (0, 8 - V), value=-torch.inf))
             ids = [*ids, token][cut if len(ids) == 8 else slice(None)]
         return torch.stack(rows)
-    gpt.Tokenizer.vocab_size, gpt.next_token_probabilities = 6, choose
+    gpt.Tokenizer.vocab_size, gpt.next_token_probabilities, sent = 6, choose, []
+    model.blocks[0].register_forward_hook(lambda *call: sent.append(call[2].shape[1]))
     tokens = [int(token) for token in gpt.generate(model.train(), prompt, 9, 0.5, 2, 0.9)]
+    require(sum(sent) < 24, f"no cache: {sum(sent)} tokens went through; 23 are enough")
     require(not model.training, "dropout on in evaluation: call model.eval() first")
     require(len(prompt) == 9, f"caller's list changed: the prompt is now {prompt}")
     require(len({*tokens}) > 1, "always argmax: draw a token, with torch.multinomial")
     diagnose(torch.stack(seen), logits(), what="logits after each token", wrong={
-        "prompt cut at the wrong end": (logits(first=slice(8)), "it saw the first 8 tokens, not the last 8"),
-        "newer half dropped": (logits(cut=slice(4)), "the oldest stay, but the text continues the newest"),
+        "prompt cut at the wrong end": (logits(first=slice(8)), "the first 8, not the last 8"),
+        "newer half dropped": (logits(cut=slice(4)), "the text continues the newest tokens"),
         "ids beyond the vocabulary": (logits(V=8), "6 and 7 are no tokens: their logits are -inf")})
 
 
@@ -228,9 +231,8 @@ PIECES = [Piece(n, " ".join(f"{n}.{p}" for p in parts.split()) or n, *more) for 
     ("next_token_probabilities", "", char.grade_next_token_probabilities, "which to draw"),
     ("generate", "", grade_generate, "predict with caches, draw, yield; drop the older half"),
     ("stream", "", grade_text, "the text of tokens, each character whole"))]
-UNGRADED = {"parallelize", "for_generation", "write_sample"}  # engineering; test_gpt2.py tests it
-rows = lambda text: [row.split(" | ") for row in text.strip().replace("\n    ", " ").splitlines()]
-MISTAKES = rows(r"""
+UNGRADED = {"parallelize", "for_generation", "write_sample"}  # engineering, in test_gpt2.py
+MISTAKES = table(r"""
 Tokenizer | special text split | encode(text, allowed_special="all") | encode_ordinary(text)
 read_pieces | word cut | place.end() if place else len(rest) | len(rest)
 read_pieces | white space left behind | \S(?=[ \n]) | \S\s
@@ -258,16 +260,16 @@ make_optimizers | weight decay | "weight_decay": 0.0 | "weight_decay": WEIGHT_DE
 train_step | not divided | * (len(xs) / len(x)) | * 1
 train_step | gradients zeroed in each batch | loss.backward() | model.zero_grad(); loss.backward()
 generate | newer half dropped | [-max(1, model.block_size // 2) :] | [: model.block_size // 2]
+generate | no cache | new = ids[-1:] | new, caches = ids, [Cache(8), Cache(8)]
 generate | prompt cut at the wrong end | [-model.block_size :] | [: model.block_size]
 stream | broken character | yield decoder.decode(tok | yield decoder.decode(final=True, input=tok
 """)
-VARIANTS = rows(r"""
+VARIANTS = table(r"""
 Tokenizer | encode(text, allowed_special="all") | encode_batch([text], allowed_special="all")[0]
 Tokenizer | decode(list(ids)) | decode_bytes([*ids]).decode(errors="replace")
 read_pieces | .*\S(?=[ \n]) | [\s\S]*[^\s](?=\s)
 load_tokens | array("H", ids) | b"".join(i.to_bytes(2, "little") for i in ids)
 split_text | tokens[cut : cut + max_val_tokens] | tokens[cut:][:max_val_tokens]
-get_batch | .to(device, torch.int64) | .long().to(device)
 Head | q.shape[-2] > 1) | q.shape[2] == k.shape[2])
 Head | is_causal=q.shape[-2] > 1 | torch.ones(k.shape[2], k.shape[2]).tril().bool()[-q.shape[2] :]
 Head | F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1) |

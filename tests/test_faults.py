@@ -64,8 +64,6 @@ def train_step(*args, train_step=train_step):
     print("trained a step")
     return train_step(*args)
 """
-
-
 NO_ROOM = """
 def write_file(path, write):
     raise UserError(f"cannot write {path}: no space left")
@@ -113,11 +111,10 @@ def sent(where, numbers, *whats, status=None, after="resumes", **more):
         yield Fault(where, name, died, words, insert=insert, after=after, **more)
 
 
-def full(end, scripts=ALL, number="ENOSPC", words="", **more):
-    insert = REFUSE.format(end=end, number=number)
-    return Fault(
-        end, number, 1, words or end.removesuffix(".part"), insert=insert, scripts=scripts, **more
-    )
+def full(end, scripts=ALL, number="ENOSPC", **more):
+    """Return a row for a disk that refuses the file whose name ends so."""
+    refuse, words = REFUSE.format(end=end, number=number), end.removesuffix(".part")
+    return Fault(end, number, 1, words, insert=refuse, scripts=scripts, **more)
 
 
 LINE = TEXT.encode() * 300

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import random
 import re
 import subprocess
 import sys
@@ -310,19 +309,6 @@ def test_without_the_vocabulary(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
     with pytest.raises(gpt.UserError, match=r"TIKTOKEN_CACHE_DIR.*no route to host"):
         gpt.Tokenizer()
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_pieces_encode_as_the_whole_text(gpt, seed):
-    words = ["the", "'s", "'ll", "a", " ", "  ", "\n", "\n\n", " \n", "\t", "12", "...", "é", "→",
-             "\x1c", "\x85", "\u3000", "<|endoftext|>", "\u2028", "x" * 30]  # fmt: skip
-    text = "".join(random.Random(seed).choices(words, k=20_000))
-    tokenizer = gpt.Tokenizer()
-    pieces = list(gpt.read_pieces(io.StringIO(text, newline=""), 1000))
-    assert "".join(pieces) == text and len(pieces) > 10
-    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
-    pieces = list(gpt.read_pieces(io.StringIO("x" * 1000), 100))  # no place to cut
-    assert "".join(pieces) == "x" * 1000 and max(map(len, pieces)) == 100
 
 
 def test_the_token_file_knows_its_text(gpt, tmp_path, monkeypatch, capsys):

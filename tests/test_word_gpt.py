@@ -338,6 +338,29 @@ def log_probability(model, ids, new):
     return total
 
 
+def test_beam_search_against_brute_force(gpt):
+    better_than_greedy = ended = 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        tiny = gpt.LM(vocab_size=6, block_size=4, n_embed=8, n_heads=2, n_layers=1, dropout=0.5)
+        tiny.eval()
+        for parameter in tiny.parameters():
+            nn.init.normal_(parameter, std=0.8)
+        every = [[*new, 2] for n in range(4) for new in itertools.product((3, 4, 5), repeat=n)]
+        every += map(list, itertools.product((3, 4, 5), repeat=4))
+        best = max(every, key=lambda new: log_probability(tiny, [3, 5], new))
+        found, score = gpt.beam_search(tiny.train(), [3, 5], 4, beams=500)
+        assert found == best and score == pytest.approx(
+            log_probability(tiny, [3, 5], best), rel=1e-4
+        )
+        greedy, _ = gpt.beam_search(tiny, [3, 5], 4, beams=1)
+        drawn = list(gpt.generate(tiny, [3, 5], 4, temperature=0))
+        assert greedy == drawn + [2] * (len(drawn) < 4)
+        better_than_greedy += greedy != best
+        ended += found[-1] == 2
+    assert better_than_greedy > 0 and ended > 0
+
+
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_attention_weights_are_those_that_the_model_used(gpt, model, bfloat16):
     gpt.has_bfloat16 = lambda device: bfloat16
