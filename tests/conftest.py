@@ -26,7 +26,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # small models gain nothing from threads, a
 torch.set_num_threads(1)
 # Children of this server start in a tenth of a second: it has imported what takes long.
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["pytest", "torch._dynamo", "matplotlib.figure"])
+PRELOAD = "pytest requests tiktoken torch._dynamo torch.ao.nn.quantized.dynamic matplotlib.figure"
+CHILDREN.set_forkserver_preload(PRELOAD.split())
 
 # GPT-2's vocabulary cannot be had without a network: 256 bytes and 3 merges, with its pattern. This
 # code runs inside gpt2.py.
@@ -187,6 +188,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def pytest_addoption(parser):
     parser.addoption("--file", help="the exercise that tests/test_lessons.py grades")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    is_worker = hasattr(config, "workerinput")  # of pytest-xdist
+    if not is_worker and config.args_source.name == "TESTPATHS" and not config.option.keyword:
+        config.option.numprocesses = 2  # all tests: two at a time
 
 
 WORDS = ["the", "cat", "and", "a", "dog", "sat", "on", "mats", "by", "an", "old", "house", "."]

@@ -3,7 +3,6 @@
 import itertools
 import os
 import re
-import threading
 from hashlib import sha256
 from pathlib import Path
 
@@ -79,14 +78,6 @@ def test_main_returns_what_it_promises(script, capsys):
     assert script.main("--sample", "--seed", str(script.gpt.SEED))["text"] == results["text"]
 
 
-def test_main_in_a_thread(script):
-    results = []
-    thread = threading.Thread(target=lambda: results.append(script.main()))
-    thread.start()
-    thread.join()
-    assert results[0]["text"] == script.main()["text"]
-
-
 # --- nothing is lost ------------------------------------------------------------------------------
 
 
@@ -116,10 +107,10 @@ def test_sampling(script, capsys):
     capsys.readouterr()
     first = script.main("--sample")["text"]
     seed = re.search(r"seed (\d+)", capsys.readouterr().out)[1]
-    assert script.main("--sample")["text"] != first
+    assert len({script.main("--sample")["text"] for _ in range(5)}) > 1
     assert script.main("--sample", "--seed", seed)["text"] == first
-    results = script.main("--sample", "--prompt", "the cat " * 20)  # longer than the context
-    assert results["text"].startswith("the cat " * 20) and len(results["text"]) > 160
+    text = script.main("--sample", "--prompt", "the cat " * 20)["text"]  # longer than the context
+    assert text.startswith("the cat " * 19 + "the cat")
     script.go_to("nothing kept yet")
     assert script.main("--prompt", "a", WEIGHT_DECAY=0.1)["text"].startswith("a")
     for edit in ({"TEMPERATURE": 0}, {"TOP_K": 1}, {"TOP_P": 1e-6}):  # greedy: no seed matters
