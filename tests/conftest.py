@@ -130,7 +130,7 @@ class FaultyServer(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files, self.faults, self.seen, self.ranges = {}, [], [], True
+        self.files, self.faults, self.seen, self.ranges, self.sent = {}, [], [], True, 0
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -175,8 +175,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             payload = payload[: len(payload) // 2]
         try:
             self.wfile.write(payload)
-            while fault == "endless":
-                self.wfile.write(payload)
+            while fault == "endless" and server.sent < 10**8:  # an end for the disk's sake
+                server.sent += self.wfile.write(payload)
             self.wfile.flush()
             if fault == "stall":
                 time.sleep(5)
