@@ -25,7 +25,10 @@ def fails_at(number, function):
 
 
 def test_same_seed_same_bits_and_evaluating_changes_nothing(script):
+    seen, draw = [], script.gpt.get_batch
+    script.set(get_batch=lambda *args: seen.append(draw(*args)) or seen[-1])
     results, first = script.main(), script.state()
+    assert len({str(x) for x, _ in seen}) == len(seen) == 9  # each step has a batch of its own
     again = script.main()  # in the same process
     assert again["text"] == results["text"] and again["val_loss"] == results["val_loss"]
     assert_same(first, script.state())

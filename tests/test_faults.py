@@ -559,9 +559,6 @@ def test_an_environment_that_is_set_by_half(tmp_path, monkeypatch, half):
     assert gpt.join_processes(CPU) is CPU
 
 
-# --- terminals ------------------------------------------------------------------------------------
-
-
 def test_streams_that_fail(script):
     path = script.copy(MAX_ITERS=3)
     command = shlex.join([sys.executable, str(path), *script.flags])
