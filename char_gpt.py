@@ -2,29 +2,28 @@
 
 A GPT is a function. It takes a text and returns a probability for every token that could come next.
 A token is the unit of text: here a character. The function contains many numbers, its parameters.
-Training chooses them, step by step:
-- The model reads a piece of real text, and predicts each next token from those before it.
+They start random. Training changes them, step by step:
+- The model reads a piece of real text. At each place, it predicts the next token from those before.
 - The loss is -ln p, where p is the probability that the model gave to the true next token: 0 for
   p = 1, and 0.69 for p = 1/2. Its unit is the nat. We report the mean over many tokens.
 - The gradient says, for each parameter, how fast the loss grows if that parameter grows. Each
   parameter is changed in the opposite direction. The learning rate says how far.
-To generate, we draw a token from the probabilities, append it to the text, and repeat.
+To generate a text, we draw a token from the probabilities, append it to the text, and repeat.
 
     python char_gpt.py                                  train, then continue the PROMPT
     python char_gpt.py --sample --prompt "JULIET:"      no training: continue with what was learned
-    python char_gpt.py --resume --max-iters 3000        train further
+    python char_gpt.py --runs                           list what was trained in this folder
+    python char_gpt.py --resume --max-iters 3000        train the newest run further
     python char_gpt.py --data mytext.txt --prompt "It"  train on another text; -h: all flags
 
 Before training, all 65 characters are about equally likely. Such a guess costs -ln(1/65) = ln 65 =
-4.17 nats. After training (2 min 25 s on 2 cores of an Intel Xeon with bfloat16, Linux, Python
-3.11, torch 2.13.0, SEED 1337) the loss is 1.4805 on text that was not used in training, or 2.1360
-bits (nats / ln 2). The model writes, for example:
+4.17 nats. After training, the loss is @LOSS@ on text that was not used in training: the model is as
+unsure as if it chose among e^@LOSS@ = @PERPLEXITY@ equally likely characters. (@TIME@ on 2 cores of
+an @CPU@, with Linux, Python 3.11, torch 2.13.0, SEED 1337 and MUON = True.) It writes, for example:
 
-    First Gentleman:
-    That instrument silver his since and sent soon
-    And to provoke him not. If thou didst pain,
+    @SAMPLE@
 
-PyTorch supplies tensors (arrays), gradients, AdamW, layers. Calling one runs its forward. Shapes:
+PyTorch supplies tensors (arrays of numbers), layers, gradients and AdamW. Shapes have these letters:
     B   batch: pieces of text processed in parallel   H   heads per block
     T   time: tokens in one piece                     hs  head size, C / H
     C   channels: numbers that represent one token    V   vocabulary: number of different tokens
@@ -39,12 +38,14 @@ Paper: Vaswani et al. 2017, arXiv 1706.03762. Next: word_gpt.py (words) and gpt2
 # ///
 
 import argparse
+import copy
 import ctypes
 import math
+import numbers
 import os
-import signal
+import re
+import shutil
 import sys
-import threading
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -52,45 +53,57 @@ from pathlib import Path
 import requests
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 
 # --- 1. Hyperparameters: edit them, and run again. Each is explained where it is used. ------------
-NAME = "char_gpt"  # names of files: NAME.pt, NAME.resume.pt, NAME.png and NAME.lock
-ON_GPU = torch.cuda.is_available()  # where a line has an else, the first value is for a CUDA GPU
-DEVICES = ["cuda"] * ON_GPU + ["mps"] * torch.backends.mps.is_available() + ["cpu"]  # fastest first
-DEVICE = DEVICES[0]  # where the tensors are
-SEED = 1337  # where all random numbers start: any number; another one gives another model
+NAME = "char_gpt"  # a run is a file: NAME-1.pt, the next one NAME-2.pt
+# Where a line has an else, its first value is for a CUDA GPU that computes in bfloat16.
+FAST_GPU = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+SEED = 1337  # where all random numbers start, 0 to 2**32 - 1; another one gives another model
 # Data
 DATA = "input.txt"  # any UTF-8 text; this one is in the repository, or is downloaded
 DATA_URL = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
 DATA_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TRAIN_SHARE = 0.9  # the first 90% of the text is for training, the rest for measuring
 # Model
-BLOCK_SIZE = 256 if ON_GPU else 128  # T, tokens that the model sees; more: better, and slower
-N_EMBED = 384 if ON_GPU else 128  # C; twice as many take up to 4 times as long
-N_LAYERS = 6 if ON_GPU else 4  # blocks; more: better, and slower
-N_HEADS = 6 if ON_GPU else 4  # H; must divide N_EMBED; a head size of 32 or 64 is usual
-DROPOUT = 0.2 if ON_GPU else 0.0  # share of numbers set to 0 (see FeedForward), against overfitting
+BLOCK_SIZE = 256 if FAST_GPU else 128  # T, tokens that the model sees; more: better, and slower
+N_EMBED = 384 if FAST_GPU else 128  # C; twice as many take up to 4 times as long
+N_LAYERS = 6 if FAST_GPU else 4  # blocks; more: better, and slower
+N_HEADS = 6 if FAST_GPU else 4  # H; must divide N_EMBED; a head size of 32 or 64 is usual
+DROPOUT = 0.2 if FAST_GPU else 0.0  # share of numbers set to 0 (see FeedForward)
 # Optimization
-BATCH_SIZE = 64 if ON_GPU else 32  # B; more: a more exact gradient, and a slower step
-MAX_ITERS = 2200 if ON_GPU else 1600  # training steps
-LEARNING_RATE = 1e-3 if ON_GPU else 8e-3  # the peak; too high: the loss jumps; too low: it crawls
+BATCH_SIZE = 64 if FAST_GPU else 32  # B; more: a more exact gradient, and a slower step
+MAX_ITERS = 2200 if FAST_GPU else 1600  # training steps
+MUON = True  # a better optimizer for most matrices (see behind the lesson); False: AdamW alone
+LEARNING_RATE = 1e-3 if FAST_GPU else 8e-3  # the peak; too high: the loss jumps; too low: it crawls
+ADAMW_LEARNING_RATE = 1e-3 if FAST_GPU else 1.6e-2  # the peak if MUON = False
 FINAL_LR = 0.0  # share of the peak that is left at the end; 1: it never falls
 WARMUP_ITERS = 100  # steps until the peak
 BETAS = (0.9, 0.99)  # AdamW averages about 1 / (1 - beta) steps: 10 gradients, 100 squares of them
-WEIGHT_DECAY = 0.1 if ON_GPU else 0.5  # pulls matrices towards zero; more: less overfitting
+WEIGHT_DECAY = 0.1 if FAST_GPU else 0.5  # pulls matrices towards zero; more: less overfitting
 GRADIENT_CLIP = 1.0  # a longer gradient is cut to this length; None: never
-EVAL_INTERVAL = 200  # steps between two evaluations
-EVAL_ITERS = 10  # batches per evaluation; more: more exact, and slower
+EVAL_INTERVAL = 200  # steps between two evaluations, which also save the run
+EVAL_ITERS = 10  # pieces of 4,096 tokens in an evaluation; more: more exact, and slower
+# Generation
 PROMPT = "ROMEO:"  # the text to continue
 SAMPLE_TOKENS = 500  # length of the continuation, in tokens
 TEMPERATURE = 0.8  # 0: always the most likely token; 1: the model's own probabilities
 TOP_K = None  # draw among this many most likely tokens only; None: among all
 TOP_P = None  # draw among the most likely tokens that have this probability together; None: all
+# Where the tensors are: the fastest device that is there
+if torch.cuda.is_available():
+    DEVICE = "cuda"
+elif torch.backends.mps.is_available():
+    DEVICE = "mps"  # Apple's GPU
+else:
+    DEVICE = "cpu"
 
 
 # --- 2. Data and tokenizer ------------------------------------------------------------------------
+# check(condition, message), defined at the end of this file, stops with the message unless the
+# condition holds.
+
+
 class Tokenizer:
     """Turns text into ids and back. The id of a character is its place in the sorted vocabulary.
 
@@ -106,8 +119,8 @@ class Tokenizer:
 
     def encode(self, text):
         """Return the ids of a string, a list of ints. UserError: it has unknown characters."""
-        unknown = sorted(set(text) - set(self.vocabulary))  # check: if there are any, stop
-        check(not unknown, f"characters that the text never shows: {str(unknown)[1:-1]:.99}")
+        unknown = sorted(set(text) - set(self.vocabulary))
+        check(not unknown, f"characters that are not in the vocabulary: {unknown}")
         return [self.stoi[character] for character in text]
 
     def decode(self, ids):
@@ -135,6 +148,7 @@ def get_batch(tokens, batch_size, block_size, device):
     ([[5, 6, 7]], [[6, 7, 8]])
 
     One window gives T examples: 5 -> 6 and 5 6 -> 7 and 5 6 7 -> 8. x and y are (B, T), int64."""
+    check(len(tokens) > block_size, f"{len(tokens)} tokens: a window and its targets need more")
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1))  # from 0 to N - T - 1
     # (B, 1) + (T + 1,) -> (B, T + 1): each start + 0, 1, ..., T. Indexing picks the tokens there.
     windows = tokens[starts + torch.arange(block_size + 1)].to(device)
@@ -142,15 +156,37 @@ def get_batch(tokens, batch_size, block_size, device):
 
 
 # --- 3. Model -------------------------------------------------------------------------------------
-# token ids (B, T)
-#   -> LM: each token becomes a vector of C numbers; the vector of its position is added
-#   -> Block, N_LAYERS times:
-#        MultiHead    attention: each position collects what it needs from earlier positions
-#        FeedForward  each position computes with what it has, on its own
-#   -> LM: one number for each possible next token: the logits (B, T, V)
-# Softmax turns logits into probabilities: p_i = exp(logit_i) / (sum of exp(logit_j) over all j).
-# The logits 2, 1, 0 become 0.67, 0.24, 0.09: all positive, with sum 1. Adding the same number to
-# all logits changes nothing. Attention uses softmax too, to make the weights of an average.
+# The bricks, all from PyTorch:
+# - A layer, nn.Linear(n, m), turns a vector x of n numbers into m numbers: y = x W + b. The matrix
+#   W (n × m numbers) and the bias b (m numbers) are parameters: they start random, and are learned.
+#   For x = (1, 2), W with the rows (3, 0) and (1, 1), and b = (10, 20), y is
+#   (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22).
+# - nn.Embedding(n, m) is a table of n rows with m numbers each, also learned. It returns row i.
+# - A module, a class below, holds layers and other modules. One calls it like a function:
+#   `layer(x)` runs its method `forward`.
+# - Softmax turns numbers into probabilities: p_i = exp(x_i) / (sum of exp(x_j) over all j). The
+#   numbers 2, 1, 0 become 0.67, 0.24, 0.09: all positive, with sum 1. Adding the same number to all
+#   of them changes nothing. The numbers that go into a softmax are called logits, or scores.
+#
+# The whole model, and what one example becomes on its way through it. The example is of a small
+# LM, with V = 7, T = C = 4, one block of two heads. In 200 steps it has learned the line "to be or
+# not to be". It reads "to b". These are the numbers at the last position, the b. A * marks a place
+# with parameters, and how many there are in the example.
+#
+#        characters                          t  o     b
+#        token ids (B, T)                    6  4  0  1
+# LM      * token_embedding: row 1            @TOKEN@       * 7 × 4
+#         * + position_embedding: row 3       @POSITION@       * 4 × 4
+#         = a vector of C numbers             @X0@
+# Block   N_LAYERS times:
+#          MultiHead: each position collects what it needs from earlier ones
+#         *                                 + @ATTENTION@       * 4 × 12 + 4 × 4 + 4
+#          FeedForward: each position computes with what it has, on its own
+#         *                                 + @FEED@       * 4 × 16 + 16 + 16 × 4 + 4
+#         = what leaves the block             @X1@
+# LM      * ln_f: LayerNorm                   @NORMED@
+#         * lm_head: one logit per character, (B, T, V)
+# @TODO@
 
 
 class Head(nn.Module):
@@ -167,7 +203,9 @@ class Head(nn.Module):
         q=0      0     0  -inf    0.50  0.50  0         15     both keys fit a query of 0 equally
         q=2      4     0     2   0.867 0.016 0.117      12.5   mostly the first: its key fits best
 
-    >>> q, k, v = torch.tensor([[1.0, 0, 2], [2, 0, 1], [10, 20, 30]]).view(3, 1, 1, 3, 1)
+    >>> q = torch.tensor([1.0, 0, 2]).view(1, 1, 3, 1)  # B, H, T, hs = 1, 1, 3, 1
+    >>> k = torch.tensor([2.0, 0, 1]).view(1, 1, 3, 1)
+    >>> v = torch.tensor([10.0, 20, 30]).view(1, 1, 3, 1)
     >>> [round(result, 1) for result in Head()(q, k, v).flatten().tolist()]
     [10.0, 15.0, 12.5]
     """  # From Vaswani et al. 2017, equation 1.
@@ -175,9 +213,10 @@ class Head(nn.Module):
     def forward(self, q, k, v):
         """Attend. q, k, v and the result are (B, H, T, hs); @ works on the last two dimensions."""
         T, hs = q.shape[-2:]
-        # A score sums hs products of about ±1, which partly cancel: its typical size is √hs, and
-        # the division makes it 1. Large scores push softmax to weights of 0 and 1, where it hardly
-        # reacts to a change of the scores, so that the gradient is almost zero.
+        # A score sums hs products, some positive, some negative. They partly cancel, so the typical
+        # size of the sum is √hs times that of a product. The division makes it independent of hs.
+        # Large scores push softmax to weights of 0 and 1, where it hardly reacts to a change of the
+        # scores: the gradient is almost zero, and the layers in front of it cannot learn.
         scores = (q / hs**0.5) @ k.transpose(-2, -1)  # (B,H,T,hs) @ (B,H,hs,T) -> (B,H,T,T)
         # The mask hides the future. For T = 3 its rows are [0 -inf -inf], [0 0 -inf], [0 0 0]: a
         # score of -inf gets the weight exp(-inf) = 0. Without the mask, position t sees its target,
@@ -197,8 +236,8 @@ class MultiHead(nn.Module):
         super().__init__()
         check(n_embed % n_heads == 0, f"N_HEADS = {n_heads} does not divide N_EMBED = {n_embed}")
         self.n_heads = n_heads
-        # Three layers in one matrix, without biases. Softmax would ignore k's, since q · (k + b) =
-        # q · k + q · b adds the same to a row. Weights sum to 1, so projection's can do v's.
+        # Three layers in one matrix: x W gives q, k and v of all heads, 3 C numbers. They have no
+        # bias b, as in most newer models (measured: see tests/RESULTS.md, no difference).
         self.qkv = nn.Linear(n_embed, 3 * n_embed, bias=False)
         self.head = Head()
         self.projection = nn.Linear(n_embed, n_embed)
@@ -211,15 +250,16 @@ class MultiHead(nn.Module):
         # (B, T, C) -> (B, T, H, hs) -> (B, H, T, hs): matrix products use the last two dimensions.
         q, k, v = (part.view(B, T, self.n_heads, -1).transpose(1, 2) for part in qkv)
         out = self.head(q, k, v).transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        # So far each head has its own channels. The projection mixes them: (B,T,C) @ (C,C)
+        # So far each head has its own channels. The projection mixes them: (B, T, C) @ (C, C)
         return self.dropout(self.projection(out))
 
 
 class FeedForward(nn.Module):
     """Two layers for each position on its own. Between them are 4 C numbers (also section 3.3).
 
-    Attention only averages; here the model computes. In training, dropout sets a random part of the
-    numbers to 0, so that the model cannot rely on single ones: less overfitting."""
+    Attention averages what there is; this computes something new from it. In training, dropout sets
+    a random part of the numbers to 0, so that the model cannot rely on single ones: less
+    overfitting."""
 
     def __init__(self, n_embed, dropout):
         super().__init__()
@@ -238,9 +278,13 @@ class Block(nn.Module):
 
     These sums are residual connections (He et al. 2015, arXiv 1512.03385). The derivative of
     x + f(x) is 1 + f'(x). The chain rule multiplies the derivatives of all blocks: thanks to the 1,
-    the gradient reaches the first block; small f' alone would make it vanish. LayerNorm gives the C
-    numbers of each position mean 0 and standard deviation 1: a steady size, however large the sum
-    has grown. As a part of f, it leaves the 1 as it is (Xiong et al. 2020, arXiv 2002.04745)."""
+    the gradient reaches the first block. Products of small f' alone would make it vanish.
+
+    LayerNorm shifts and scales the C numbers of each position to mean 0 and standard deviation 1.
+    Then it multiplies each channel by a learned number, and adds a learned one. So attention and
+    feed-forward get numbers of a steady size, however large the sum x has grown. LayerNorm is
+    applied inside f, not to the sum, so the derivative keeps its 1 (Xiong et al. 2020, arXiv
+    2002.04745)."""
 
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -265,10 +309,11 @@ class LM(nn.Module):
         self.config = dict(vocab_size=vocab_size, block_size=block_size, n_embed=n_embed,
                            n_heads=n_heads, n_layers=n_layers, dropout=dropout)  # fmt: skip
         self.block_size = block_size
-        self.token_embedding = nn.Embedding(vocab_size, n_embed)  # a table: one row per token
+        self.token_embedding = nn.Embedding(vocab_size, n_embed)  # one row per token
         self.position_embedding = nn.Embedding(block_size, n_embed)  # one row per position
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(*(Block(n_embed, n_heads, dropout) for _ in range(n_layers)))
+        blocks = [Block(n_embed, n_heads, dropout) for _ in range(n_layers)]
+        self.blocks = nn.Sequential(*blocks)  # calls one after the other
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = nn.Linear(n_embed, vocab_size, bias=False)  # no bias, as in GPT-2
         # Small parameters make small logits, so nearly equal probabilities: the loss starts just
@@ -279,12 +324,13 @@ class LM(nn.Module):
         """Return the logits (B, T, V) for idx (B, T), and the loss for targets (B, T), or None.
 
         The loss is the mean of -ln(softmax(logits)[target]) in nats; it skips targets of -100."""
-        check(0 < idx.shape[1] <= self.block_size, f"T must be 1 to block_size = {self.block_size}")
+        T = idx.shape[1]
+        check(0 < T <= self.block_size, f"T = {T} must be 1 to block_size = {self.block_size}")
         # autocast: products in bfloat16 (8 bits of precision, not 24), twice as fast in hardware.
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=has_bfloat16(idx.device)):
-            # An average does not depend on the order of its terms: without positions, block 1 would
-            # give c the same result in a b c and b a c. (B, T, C) + (T, C) -> (B, T, C)
-            x = self.token_embedding(idx) + self.position_embedding.weight[: idx.shape[1]]
+            # Attention alone cannot tell a b c from b a c: an average does not depend on the order
+            # of its terms. So each position has a vector of its own. (B, T, C) + (T, C) -> (B, T, C)
+            x = self.token_embedding(idx) + self.position_embedding.weight[:T]
             x = self.ln_f(self.blocks(self.dropout(x)))
             logits = self.lm_head(x).float()  # (B, T, C) @ (C, V) -> (B, T, V)
         # cross_entropy contains the softmax. It takes (B·T, V) and (B·T,).
@@ -293,84 +339,68 @@ class LM(nn.Module):
 
 
 # --- 4. Training ----------------------------------------------------------------------------------
-@torch.no_grad()  # gradients would take time and memory
+@torch.no_grad()  # do not remember how results were computed: it takes time and memory
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
     """Return {"loss": nats per token}, the mean over all tokens (N,) but the first.
 
-    With `eval_iters`, at most that many batches are used, evenly spread: no randomness."""
+    The tokens are cut into windows side by side, so each is a target once. With `eval_iters`, at
+    most that many batches are used, evenly spread. No random number is drawn."""
     model.eval()  # switches dropout off: the whole model is measured
-    T, device = model.block_size, next(model.parameters()).device
-    padding = -(len(tokens) - 1) % T  # empty places of the last window: targets -100
-    x = F.pad(tokens[:-1], (0, padding)).view(-1, T)
-    y = F.pad(tokens[1:], (0, padding), value=-100).view(-1, T)
-    if eval_iters is not None and len(x) > eval_iters * batch_size:
-        chosen = torch.linspace(0, len(x) - 1, eval_iters * batch_size).long()
-        x, y = x[chosen], y[chosen]
-    total = 0.0
-    for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        total += model(xs.to(device), ys.to(device))[1].item() * (ys != -100).sum().item()
-    return {"loss": total / (y != -100).sum().item()}
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
-
-    A matrix stretches each direction of space by some factor. Its gradient, also a matrix, mostly
-    has few large ones: steps along it learn in few directions. Muon makes them about equal."""
-
-    @torch.no_grad()
-    def step(self):
-        """Change every matrix p. `backward` has filled p.grad; train_step sets the rate, "lr"."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                average.lerp_(p.grad, 0.05)  # in place (_): 0.95 · old average + 0.05 · gradient
-                update = orthogonalize(p.grad.lerp(average, 0.95))  # a little more of the new one
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                # Entries are about 1/√max(shape): now 0.2 · lr (Liu et al. 2025, arXiv 2502.16982).
-                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
-
-
-def orthogonalize(matrix):
-    """Return the matrix with its factors (singular values) about equal: 100, 10, 1 end near 0.7.
-
-    >>> [round(x, 1) for x in orthogonalize(torch.tensor([100.0, 10, 1]).diag()).diag().tolist()]
-    [0.7, 0.7, 0.7]
-
-    A round (Newton-Schulz) maps s to 3.4445 s - 4.775 s³ + 2.0315 s⁵: small s grow, 1 falls."""
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalize(matrix.T).T  # the same result, from smaller products
-    x = matrix.bfloat16() if has_bfloat16(matrix.device) else matrix
-    x = x / x.norm().clamp(min=1e-7)  # norm² is the sum of all factors²: now none is above 1
-    for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    return x.to(matrix.dtype)
+    T = model.block_size
+    device = next(model.parameters()).device
+    n_windows = (len(tokens) + T - 2) // T  # N - 1 targets, T to a window, rounded up
+    n_used = n_windows if eval_iters is None else min(n_windows, eval_iters * batch_size)
+    starts = torch.tensor([i * n_windows // n_used * T for i in range(n_used)])
+    total, count = 0.0, 0
+    for some in starts.split(batch_size):
+        places = some[:, None] + torch.arange(T + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
+        ids = tokens[places.clamp(max=len(tokens) - 1)].long()
+        # The last window may reach beyond the end. There are no targets: -100 is not counted.
+        targets = ids.masked_fill(places >= len(tokens), -100)[:, 1:]
+        _, loss = model(ids[:, :-1].to(device), targets.to(device))
+        n = (targets != -100).sum().item()
+        total += loss.item() * n  # the loss is a mean of n tokens
+        count += n
+    return {"loss": total / count}
 
 
 def make_optimizers(model):
-    """Return [AdamW, Muon]: the rules that turn gradients into changes of the parameters.
+    """Return a list of optimizers, the rules that turn gradients into changes of the parameters.
 
-    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) averages the gradients g of a parameter,
-    and their squares, and moves it by -rate · mean(g) / √mean(g²): tiny gradients move it as far as
-    large ones. Muon takes the matrices of the blocks. In char_gpt.py with 400 steps, the loss is
-    1.73, and with AdamW alone 1.89. Both shrink matrices (WEIGHT_DECAY) against overfitting."""
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) averages the recent gradients g of a
+    parameter, and their squares, and moves it by -rate · mean(g) / √mean(g²). If g is always 0.001,
+    the quotient is 0.001 / 0.001 = 1. If g is always 100, it is 1 as well: small gradients move a
+    parameter as far as large ones. If g is 1 and -1 in turn, mean(g) is about 0, and it stays.
+
+    WEIGHT_DECAY also makes matrices a little smaller in each step. A small matrix turns a small
+    difference of two inputs into a small difference of its results. To know single sentences by
+    heart takes large ones."""
+    by_muon = []
+    if MUON:  # behind the lesson: another rule, for the matrices of the blocks
+        by_muon = [p for p in model.blocks.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in by_muon)]
     decay = {"params": [p for p in others if p.dim() == 2], "weight_decay": WEIGHT_DECAY}
     no_decay = {"params": [p for p in others if p.dim() != 2], "weight_decay": 0.0}
     adamw = torch.optim.AdamW([decay, no_decay], betas=BETAS, fused=True)
-    return [adamw, Muon(matrices, {"weight_decay": WEIGHT_DECAY})]
+    return [adamw, Muon(by_muon, WEIGHT_DECAY)] if by_muon else [adamw]
 
 
 def get_lr(step, max_iters, peak):
     """Return the learning rate of a step: a line up to the peak, then one down to FINAL_LR · peak.
 
     It rises because the optimizers' first averages cover few gradients, and are noisy. It falls
-    because with large steps the parameters keep jumping around the minimum; small ones settle."""
+    because with large steps the parameters keep jumping around the minimum; small ones settle.
+    With 100 steps and a peak of 1, the rates of steps 0, 9, 10 and 99 are:
+
+    >>> [round(get_lr(step, 100, 1.0), 3) for step in (0, 9, 10, 99)]
+    [0.1, 1.0, 0.989, 0.011]
+
+    More steps make a longer line: a run that is resumed with more begins at a higher rate again."""
     warmup = max(1, min(WARMUP_ITERS, max_iters // 10))  # a short run has no time for more
-    left = (max_iters - step) / (max_iters - warmup + 1)  # from 1, at the peak, towards 0
-    return peak * min((step + 1) / warmup, FINAL_LR + (1 - FINAL_LR) * left)
+    if step < warmup:
+        return peak * ((step + 1) / warmup)
+    left = (max_iters - step) / (max_iters - warmup + 1)  # just below 1 at first, near 0 at the end
+    return peak * (FINAL_LR + (1 - FINAL_LR) * left)
 
 
 def train_step(model, optimizers, x, y, lr):
@@ -380,57 +410,44 @@ def train_step(model, optimizers, x, y, lr):
     2 - 0.1 · 4 = 1.6, and the loss falls from 4 to 2.56."""
     model.train()  # switches dropout on
     _, loss = model(x, y)
-    loss.backward()  # computes the gradient: d loss / d parameter, for every parameter
-    nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP or math.inf)  # limits its size
+    # PyTorch remembers how the loss was computed from the parameters, operation by operation. So
+    # backward can go back from the loss, and find d loss / d parameter for every parameter.
+    loss.backward()
+    if GRADIENT_CLIP is not None:  # AdamW's averages know a sudden long gradient too late
+        nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()  # changes the parameters, against the gradient
         optimizer.zero_grad()  # otherwise the next gradient would be added to this one
-    return loss.detach()
+    return loss.detach()  # the number alone, without what is remembered
 
 
-def train(model, tokenizer, splits, flags, text_id):
-    """Train. Every EVAL_INTERVAL steps, print the losses of both `splits` and a sample, and save.
+def train(model, tokenizer, optimizers, splits, run):
+    """Train up to step run["max_iters"]. Evaluate and save at every EVAL_INTERVAL steps.
 
-    --resume goes on; with the same --max-iters, to the same end, bit for bit. Then the model
-    has the best of its saved parameters, by validation loss. Return {"steps", "seconds", ...}."""
-    optimizers, device = make_optimizers(model), next(model.parameters()).device
-    step, history = load_training_state(optimizers, text_id) if flags.resume else (0, {})
-    check(step < flags.max_iters, f"{step:,} steps are done: raise --max-iters to go on")
-    first_step, stop, speed, start = step, [], 0.0, time.perf_counter()
-    # A fresh run that is stopped early must not replace what an earlier run saved.
-    first_save = step + 1 if flags.resume else min(EVAL_INTERVAL, flags.max_iters)
-
-    def on_ctrl_c(signum, frame):  # lets the step end, puts back what interrupts at once
-        stop.append(signum)
-        signal.signal(signal.SIGINT, previous)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()  # only it gets signals
-    previous = signal.signal(signal.SIGINT, on_ctrl_c) if in_main_thread else None
+    The file of the run has the last parameters, and the best ones by validation loss. (Since that
+    text chooses them, its loss flatters them a little.) UserError: a loss is not finite."""
+    device = next(model.parameters()).device
+    peak = LEARNING_RATE if MUON else ADAMW_LEARNING_RATE
+    start = time.perf_counter() - run["seconds"]  # as if earlier parts had just ended
     try:
-        while True:
-            done = stop or step >= flags.max_iters
-            if done or step % EVAL_INTERVAL == 0 or not history:
-                history[step] = evaluate(model, tokenizer, splits, flags.prompt, step)
-                if step >= first_save:
-                    save_run(model, tokenizer, optimizers, history, text_id, start)
-            if done:
+        for step in range(run["step"], run["max_iters"] + 1):
+            is_due = step % EVAL_INTERVAL == 0 or step == run["max_iters"]
+            if is_due and step not in run["history"]:
+                run["history"][step] = evaluate(model, tokenizer, splits, run["prompt"], step)
+                if step > run["step"]:  # not at the beginning: nothing is learned yet
+                    save_step(run, step, model, optimizers, time.perf_counter() - start)
+            if step == run["max_iters"]:
                 break
-            torch.manual_seed(flags.seed * 1_000_000 + step)  # same step, same random numbers
+            torch.manual_seed(run["seed"] * 1_000_000 + step)  # same step, same random numbers
             x, y = get_batch(splits["train"], BATCH_SIZE, model.block_size, device)
-            loss = train_step(model, optimizers, x, y, get_lr(step, flags.max_iters, LEARNING_RATE))
-            step += 1
-            speed = (step - first_step) * y.numel() / (time.perf_counter() - start)
-            show_progress(step, loss, speed, (flags.max_iters - step) * y.numel())
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, previous)
-    if step >= first_save:
-        model.load_state_dict(load_checkpoint(f"{NAME}.pt", device)[0].state_dict())
-    else:
-        print("stopped before the first save: no file was written, the sample is of this model")
-    return {"steps": step, "seconds": time.perf_counter() - start, "tokens_per_second": speed}
+            loss = train_step(model, optimizers, x, y, get_lr(step, run["max_iters"], peak))
+            show_progress(run, step, loss, time.perf_counter() - start)
+    except KeyboardInterrupt:  # Ctrl-C: main goes on with what was saved last
+        if run["path"] is None:
+            raise
+        print(f"\nstopped at step {step}: going on with what is in {run['path']}", flush=True)
 
 
 # --- 5. Generation --------------------------------------------------------------------------------
@@ -451,13 +468,19 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     >>> next_token_probabilities(three, top_k=2), next_token_probabilities(three, top_p=0.4)
     (tensor([0.6250, 0.3750, 0.0000]), tensor([1., 0., 0.]))
     """
-    V, logits = len(logits), logits.float().cpu()  # on the CPU: on Apple's mps, draws were invalid
+    check(temperature >= 0, f"TEMPERATURE = {temperature} must be 0 or more")
+    V = len(logits)
+    logits = logits.float().cpu()  # on Apple's mps, draws were invalid
+    if temperature == 0:
+        return F.one_hot(logits.argmax(), V).float()
     # The largest logit becomes 0 first: the result is the same, and nothing can overflow.
-    probabilities = F.softmax((logits - logits.max()) / max(temperature, 1e-9), dim=-1)
+    probabilities = F.softmax((logits - logits.max()) / temperature, dim=-1)
+    if top_k is None and top_p is None:
+        return probabilities
     kept, ids = probabilities.topk(min(top_k or V, V))  # the most likely ones, in falling order
     if top_p is not None:
-        # Drop a token if those before it reach top_p. kept[1:] is a view: kept changes.
-        kept[1:][kept.cumsum(0)[:-1] >= top_p * kept.sum()] = 0
+        before = kept.cumsum(0) - kept  # what the likelier tokens have together
+        kept = kept.masked_fill(before >= top_p * kept.sum(), 0)
     return torch.zeros(V).scatter(0, ids, kept / kept.sum())  # each back to its own place
 
 
@@ -466,115 +489,320 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     """Yield new token ids that continue the list `ids`. The model sees only the last T tokens."""
     check(len(ids) > 0, "the prompt has no token: give some text to continue")
     ids = [int(i) for i in ids]
+    device = next(model.parameters()).device
     model.eval()  # switches dropout off
     for _ in range(max_new_tokens):
-        idx = torch.tensor([ids[-model.block_size :]], device=next(model.parameters()).device)
+        idx = torch.tensor([ids[-model.block_size :]], device=device)
         logits, _ = model(idx)  # (1, T) -> (1, T, V); only the last position predicts a new token
         probabilities = next_token_probabilities(logits[0, -1], temperature, top_k, top_p)
         ids.append(torch.multinomial(probabilities, 1).item())  # draws one id
         yield ids[-1]
 
 
-# Try this, one edit at a time, with --max-iters 400 (unchanged, on a CPU: loss 1.7330 in 44 s):
-# - N_LAYERS = 1: 1.8895 in 15 s. A second block can use what the first one has found.
-# - BLOCK_SIZE = 16: 1.9521 in 21 s. Fewer tokens before each guess, and 1/8 of the guesses.
-# - Delete "+ mask" in Head: 0.0206, but it writes "ROMEO:OMM:ddMOddddd": it learned to copy.
+# Try this, one edit at a time, with --max-iters 400, and compare with --runs. @TRY@
 
 
-# --- 6. Files. The lesson ends here: what follows are files, flags and errors. --------------------
-def find_data(path):
-    """Return the path of the text: `path`, or for None DATA (here, beside the script, fetched)."""
-    if path is None:
-        script = Path(globals().get("__file__", ""))  # a notebook has no __file__
-        places = [folder / DATA for folder in (Path(), script.parent, script.resolve().parent)]
-        path = next(filter(Path.is_file, places), DATA)
-        if path == DATA and DATA_URL.endswith(f"/{DATA}"):
-            try:
-                content = requests.get(DATA_URL, timeout=30).content
-                check(sha256(content).hexdigest() == DATA_SHA256, "it is not the expected file")
-            except (requests.RequestException, ValueError) as error:
-                raise UserError(f"put {DATA_URL} at {path} by hand: {error}") from error
-            write_file(path, lambda file: file.write(content))
-    check(os.path.isfile(path), f"there is no file {path}: name one with --data")
-    return Path(path)
+# --- The lesson ends here. What follows: a better optimizer, files, flags and errors. -------------
+# --- 6. Muon: for those who want to know ----------------------------------------------------------
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
+
+    @MUON@"""
+
+    def __init__(self, matrices, weight_decay):
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        """Change every matrix. `backward` has filled its `grad`; train_step has set "lr"."""
+        for group in self.param_groups:  # a dict: the matrices, "lr" and "weight_decay"
+            for p in group["params"]:
+                if p.grad is None:  # frozen or not used: left alone, as AdamW does
+                    continue
+                state = self.state[p]  # a dict of our own for each matrix
+                if "average" not in state:
+                    state["average"] = torch.zeros_like(p)
+                average = state["average"]
+                average.lerp_(p.grad, 0.05)  # in place (_): 0.95 · old average + 0.05 · gradient
+                # Look ahead: 0.95 · average + 0.05 · gradient, so the newest counts about twice.
+                update = orthogonalize(p.grad.lerp(average, 0.95))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                # The entries of `update` are about 1/√max(shape). AdamW's are about 0.2. With this
+                # factor both fit the same rate (Liu et al. 2025, arXiv 2502.16982).
+                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonalize(matrix):
+    """Return the matrix with its factors (singular values) about equal, near 1.
+
+    @ORTHO@"""
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalize(matrix.T).T  # the same result, from smaller products
+    x = matrix.bfloat16() if has_bfloat16(matrix.device) else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.to(matrix.dtype)
+
+
+# --- 7. Runs and other files ----------------------------------------------------------------------
+# A run is a dict, and the file that holds it: NAME-1.pt, the next one NAME-2.pt. It has all that is
+# needed to generate, to train further and to compare. No run overwrites the file of another one.
+
+
+def find_runs():
+    """Return {number: path} of this folder's files NAME-NUMBER.pt, the newest last."""
+    found = {}
+    for path in Path().glob("*.pt"):
+        match = re.fullmatch(r"(.+)-([1-9][0-9]*)", path.stem)
+        if match and match[1] == NAME:
+            found[int(match[2])] = path
+    return dict(sorted(found.items()))
+
+
+def newest_run():
+    """Return the path of the run with the highest number. UserError: there is none."""
+    paths = [path for path in find_runs().values() if path.stat().st_size > 0]  # 0: a killed one
+    check(paths, f"no run here: python {NAME}.py first")
+    return paths[-1]
+
+
+def take_number():
+    """Create the next NAME-NUMBER.pt, still empty, and return its path."""
+    path = Path(f"{NAME}-{max(find_runs(), default=0) + 1}.pt")
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:  # another run was faster
+        return take_number()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    return path
+
+
+def new_run(text, flags, device):
+    """Return (run, model, tokenizer) at the beginning of a training."""
+    run = {
+        "script": NAME,
+        "path": None,  # it gets a file at the first save
+        "text_id": None,  # see name_text
+        "seed": int(SEED if flags.seed is None else flags.seed),
+        "max_iters": int(MAX_ITERS),
+        "step": 0,  # the last one that was saved
+        "best_step": None,  # the one with the lowest validation loss
+        "history": {},  # {step: {split: {"loss": nats per token}}}
+        "val_loss": None,  # exact, of the best parameters, after training
+        "seconds": 0.0,  # of training, all parts added
+        "constants": constants(),
+    }
+    check(0 <= run["seed"] < 2**32, f"SEED = {run['seed']} must be 0 to 2**32 - 1")
+    torch.manual_seed(run["seed"])
+    tokenizer = Tokenizer(text)
+    model = LM(tokenizer.vocab_size, BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT).to(device)
+    run["vocabulary"] = tokenizer.vocabulary
+    # A NumPy number has `item`, which makes a number of Python's: a file holds no others.
+    run["config"] = {k: v.item() if hasattr(v, "item") else v for k, v in model.config.items()}
+    return run, model, tokenizer
+
+
+def constants():
+    """Return {name: value as text} of the constants in force, and a hash of the code behind."""
+    simple = (numbers.Number, str, tuple, type(None))
+    pairs = [(name, value) for name, value in globals().items() if name.isupper()]
+    found = {name: str(value) for name, value in pairs if isinstance(value, simple)}
+    if os.path.isfile(globals().get("__file__", "")):  # a notebook has no __file__
+        code = Path(__file__).read_text(encoding="utf-8").partition("\n# --- 2.")[2]
+        found["code"] = sha256(code.encode()).hexdigest()
+    return found
+
+
+def differences(new, old):
+    """Return {name: value} of what has another value in `old`."""
+    return {name: value for name, value in new.items() if old.get(name) != value}
+
+
+def resume(run, model, optimizers, flags):
+    """Set up model and optimizers as they were at the last save. Say which constants differ."""
+    model.load_state_dict(run["last"])
+    if flags.seed is not None:
+        run["seed"] = flags.seed
+    if run["optimizer_names"] == [type(optimizer).__name__ for optimizer in optimizers]:
+        for optimizer, state in zip(optimizers, run["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    else:
+        print(f"the run had {run['optimizer_names']}: the averages of other optimizers start anew")
+    sizes = ("BLOCK_SIZE", "N_EMBED", "N_LAYERS", "N_HEADS", "DROPOUT", "SEED", "MAX_ITERS")
+    edited = differences(constants(), run["constants"])
+    kept = [name for name in edited if name in sizes]
+    used = {name: value for name, value in edited.items() if name not in sizes}
+    if edited:
+        print(f"edited since: {', '.join(kept) or 'nothing'} (the run's values are kept)", end="; ")
+        print(f"{', '.join(used) or 'nothing'} (the script's are used from now on)")
+    run["constants"] |= used
+
+
+def name_text(run, path, text, cut):
+    """Say in the run which text it is of. If it was another one, the run gets a new number."""
+    text_id = f"{sha256(text.encode()).hexdigest()} {cut}"
+    if run["text_id"] not in (None, text_id):
+        print(f"{run['path']} is of another text, or another part of it: a new number")
+        run |= {"path": None, "best_step": None, "history": {}}
+    start = text.strip().partition("\n")[0]
+    run |= {"text_id": text_id, "text": path.name, "start": start[:20]}
+
+
+def save_step(run, step, model, optimizers, seconds):
+    """Write the run with what it has reached in a step."""
+    weights = model.state_dict()  # torch.compile adds a prefix
+    weights = {name.removeprefix("_orig_mod."): p for name, p in weights.items()}
+    run |= {"step": step, "seconds": seconds, "val_loss": None, "last": weights}
+    run["optimizers"] = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    run["optimizer_names"] = [type(optimizer).__name__ for optimizer in optimizers]
+    best = run["best_step"]
+    if best is None or estimate(run, step) < estimate(run, best):
+        run["best_step"] = step
+        run["best"] = copy.deepcopy(weights)
+    write_run(run)
+
+
+def estimate(run, step):
+    """Return the validation loss that was estimated at a step."""
+    return run["history"][step]["val"]["loss"]
+
+
+def write_run(run):
+    """Write a run to its file, and draw its plot. The first time, it gets a number."""
+    path = run["path"] or take_number()
+    try:
+        write_file(path, lambda part: torch.save(run | {"path": None}, part))
+    finally:
+        if path.stat().st_size == 0:  # its first save failed
+            path.unlink()
+    run["path"] = path
+    try:
+        draw_run(run)
+    except Exception as error:  # a viewer holds the picture, matplotlib is broken: go on
+        print(f"no picture of {path}: {error}")
+
+
+def read_run(path, mmap=False):
+    """Return the run of a file. With mmap, its tensors are read when they are used."""
+    run = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)  # it can run no code
+    check(run["script"] == NAME, f"it is of {run['script']}.py")
+    return run | {"path": Path(path)}
+
+
+def load_run(path, device, mmap=False):
+    """Return (run, model with its best parameters, tokenizer). UserError: no run of this script."""
+    check(os.path.isfile(path), f"there is no file {path}")
+    try:
+        run = read_run(path, mmap)
+        tokenizer = Tokenizer(run["vocabulary"])
+        model = LM(**run["config"])
+        model.load_state_dict(run["best"])
+    except Exception as error:  # a file can be damaged in any way
+        reason = " ".join(repr(error).split())[:99]
+        kinds = "does not fit this script (edited since?), is of another script, or damaged"
+        raise UserError(f"{path} {kinds}: {reason}") from error
+    return run, model.to(device), tokenizer
+
+
+def summary(run):
+    """Return steps, loss and time of a run as text. Its loss is exact, or an estimate: ~1.5."""
+    loss = run["val_loss"]
+    words = f"~{estimate(run, run['best_step']):.4f}" if loss is None else f"{loss:.4f}"
+    return f"{run['step']:,} steps  {words:>7}  {run['seconds']:,.0f} s"
+
+
+def list_runs():
+    """Print a line for each run of this folder, with what differs from the first one."""
+    first = None
+    for number in find_runs():
+        path = Path(f"{NAME}-{number}.pt")
+        try:
+            run = read_run(path, mmap=True)
+        except Exception as error:
+            print(f"{path}  cannot be read: {error!r:.50}")
+            continue
+        first = first or run["constants"]
+        changes = differences(run["constants"], first)
+        edits = [f"{name} = {value}" for name, value in changes.items() if name != "code"]
+        if "code" in changes and "code" in first:
+            edits.append("code edited")
+        size = path.stat().st_size / 1e6
+        print(f"{path}  {run['text']}  {summary(run)}  {size:,.0f} MB  {', '.join(edits)}")
+
+
+def draw_run(run):
+    """Draw the losses of a run into a picture beside its file."""
+    if "ipykernel" not in sys.modules:  # `!python` in a notebook inherits a backend, but not
+        os.environ.pop("MPLBACKEND", None)  # the package that it is in
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for split, style in (("train", "--"), ("val", "-")):
+        losses = [entry[split]["loss"] for entry in run["history"].values()]
+        axes.plot(list(run["history"]), losses, style, label=f"{split} (estimated)")
+    axes.axhline(math.log(run["config"]["vocab_size"]), color="gray", label="uniform guess: ln V")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=summary(run))
+    axes.legend()
+    picture = run["path"].with_suffix(".png")
+    write_file(picture, lambda part: figure.savefig(part, format="png", dpi=120))
 
 
 def write_file(path, write):
-    """Let `write` fill PATH.part, and move it to `path` once it is whole: a kill leaves no half."""
+    """Let `write` fill PATH.PID.part, then move it to `path`: a kill leaves no half of a file."""
+    part = Path(f"{path}.{os.getpid()}.part")
     try:
-        with open(f"{path}.part", "wb") as file:
-            write(file)
-        os.replace(f"{path}.part", path)
+        write(part)
+        os.replace(part, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
         raise UserError(f"cannot write {path} (a full disk?): {error}") from error
     finally:
-        Path(f"{path}.part").unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, model, tokenizer, **more):
-    """Save the model (its config and weights), the vocabulary, and what else is given."""
-    state = {"name": NAME, "config": model.config, "vocabulary": tokenizer.vocabulary} | more
-    write_file(path, lambda file: torch.save(state | {"weights": model.state_dict()}, file))
+def remove_leftovers(pattern):
+    """Remove files PATH.PID.part whose process was killed, where /proc knows who is alive."""
+    for part in Path().glob(pattern):
+        process = Path("/proc") / part.suffixes[-2][1:]
+        if Path("/proc/self").exists() and not process.exists():
+            part.unlink(missing_ok=True)
 
 
-def load_checkpoint(path, device):
-    """Return the (model, tokenizer) of a checkpoint. UserError: it is missing or damaged."""
-    check(os.path.exists(path), f"there is no {path} here: run `python {NAME}.py` first")
+def find_data(path):
+    """Return the path of the text: `path`, or for None DATA (here, beside the script, fetched)."""
+    script = Path(globals().get("__file__", ""))  # a notebook has no __file__
+    for folder in (Path(), script.parent, script.resolve().parent):
+        if path is None and (folder / DATA).is_file():
+            path = folder / DATA
+    if path is None and DATA_URL.endswith(f"/{DATA}"):
+        path = Path(DATA)
+        try:
+            content = requests.get(DATA_URL, timeout=30).content
+            check(sha256(content).hexdigest() == DATA_SHA256, "it is not the expected file")
+        except (OSError, ValueError) as error:
+            raise UserError(f"put {DATA_URL} at {path.absolute()} by hand: {error}") from error
+        write_file(path, lambda part: part.write_bytes(content))
+    path = Path(path or DATA)
+    check(os.path.isfile(path), f"there is no file {path}: name one with --data")
+    return path
+
+
+def read_text(path):
+    """Return the text of a UTF-8 file. UserError: it is none, or empty."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
-        config, tokenizer = state["config"], Tokenizer(state["vocabulary"])
-        check((state["name"], config["vocab_size"]) == (NAME, tokenizer.vocab_size), "another kind")
-        check(config["n_layers"] <= len(state["weights"]), "it has too few weights")
-        with torch.device("meta"):  # shapes without memory: wrong sizes cost nothing
-            model = LM(**config)
-        model.load_state_dict(state["weights"], assign=True)
-        model.float().eval()(torch.zeros(1, 1, dtype=torch.int64))  # do the sizes fit?
-        check(all(p.sum().isfinite() for p in model.parameters()), "its weights are not finite")
-    except Exception as error:  # a file from a stranger can be wrong in any way
-        raise UserError(f"{path} is no checkpoint of {NAME}.py: {error!r:.60}") from error
-    return model.to(device), tokenizer
+        text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark that Windows adds
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start:,}: save it so") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    check(text and "\0" not in text, f"{path} is empty, or UTF-16: save it as UTF-8")
+    return text
 
 
-def load_training_state(optimizers, text_id):
-    """Restore the optimizers from NAME.resume.pt. Return (steps done, history on this text)."""
-    try:
-        state = torch.load(f"{NAME}.resume.pt", map_location="cpu", weights_only=True)
-        for o, saved in zip(optimizers, state["optimizers"], strict=True):  # edited constants hold
-            o.load_state_dict(saved | {"param_groups": o.state_dict()["param_groups"]})
-            for p, averages in o.state.items():
-                check(all(x.shape in (p.shape, ()) for x in averages.values()), "wrong shape")
-        check(all(e["val"]["loss"] > 0 * n for n, e in state["history"].items()), "its history")
-        return max(state["history"]), state["history"] if state["text_id"] == text_id else {}
-    except Exception as error:  # a file from a stranger can be wrong in any way
-        raise UserError(f"{NAME}.resume.pt cannot be resumed: {error!r:.60}") from error
-
-
-def save_run(model, tokenizer, optimizers, history, text_id, start):
-    """Save NAME.pt if the last evaluation is the best, NAME.resume.pt, and the plot NAME.png."""
-    axes, steps = Figure(figsize=(7, 4.5), layout="constrained").subplots(), list(history)
-    for split, style in (("train", "--"), ("val", "-")):
-        losses = [entry[split]["loss"] for entry in history.values()]
-        axes.plot(steps, losses, style, label=split)
-    best = min(losses[1:])  # the first is of the beginning
-    axes.plot(steps[losses.index(best)], best, "ko", label=f"best: {best:.4f}")
-    axes.axhline(math.log(tokenizer.vocab_size), color="gray", label="uniform guess: ln V")
-    n, seconds = sum(p.numel() for p in model.parameters()), time.perf_counter() - start
-    axes.set(yscale="log", xlabel="step", ylabel="loss (nats per token)")
-    axes.set_title(f"{NAME}: {n:,} parameters, {seconds:,.0f} s, loss {best:.4f}")
-    axes.yaxis.set(major_formatter="{x:.1f}", minor_formatter="{x:.1f}")
-    axes.legend()
-    for path in (f"{NAME}.resume.pt", f"{NAME}.pt", f"{NAME}.png"):
-        if len(history) == 2 and os.path.exists(path):  # the first save: it is of an earlier run
-            os.replace(path, f"previous.{path}")
-            print(f"the {path} of an earlier run is now previous.{path}")
-    if losses[-1] == best or not os.path.exists(f"{NAME}.pt"):
-        save_checkpoint(f"{NAME}.pt", model, tokenizer)
-    more = {"optimizers": [o.state_dict() for o in optimizers], "history": history}
-    save_checkpoint(f"{NAME}.resume.pt", model, tokenizer, text_id=text_id, **more)
-    write_file(f"{NAME}.png", lambda file: axes.figure.savefig(file, format="png", dpi=120))
-
-
-# --- 7. Flags, errors, main -----------------------------------------------------------------------
+# --- 8. Flags, errors, main -----------------------------------------------------------------------
 class UserError(ValueError):
     """A mistake that the user can mend. The end of this file prints it as one line."""
 
@@ -585,11 +813,22 @@ def check(condition, message):
         raise UserError(message)
 
 
-def has_bfloat16(device, names=("avx512_bf16", "amx_bf16", "bf16")):
+def has_bfloat16(device):
     """Return whether the hardware itself computes in bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and any(map(torch.cpu.get_capabilities().get, names))
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not in torch 2.6
+        names = ("avx512_bf16", "amx_bf16", "bf16")
+        return any(torch.cpu.get_capabilities().get(name) for name in names)
+    return False
+
+
+def find_device(name):
+    """Return the torch.device of a name. UserError: there is no such device here."""
+    try:
+        return torch.zeros(1, device=name).device
+    except Exception as error:  # each kind of device has an error of its own
+        raise UserError(f"device {name}: {str(error).splitlines()[0]}") from error
 
 
 def keep_freed_memory():
@@ -599,67 +838,121 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def lock_folder():
-    """Return NAME.lock, open: one run at a time can have it. UserError: another one has it."""
-    lock = open(f"{NAME}.lock", "w")  # noqa: SIM115
-    try:
-        os.lockf(lock.fileno(), os.F_TLOCK, 0)
-    except (AttributeError, OSError) as error:  # Windows and some network disks have no locks
-        check(not isinstance(error, BlockingIOError), "another run is training in this folder")
-    return lock
-
-
-def show_progress(step, loss, speed, left):
-    """Rewrite the last line of a terminal; print nothing where the output is piped."""
-    if step % 10 == 0 and sys.stdout and sys.stdout.isatty():  # a GPU must finish to show a loss
-        line = f"step {step}  loss {loss:.3f}  {speed:,.0f} tokens/s  {left / speed:.0f} s left  "
-        print(line[: os.get_terminal_size().columns - 1], end="\r", flush=True)
+def show_progress(run, step, loss, seconds):
+    """Tell how far the training is: on one line of a terminal, elsewhere in a line every 30 s."""
+    if step % 10 > 0:  # to know the loss, one must wait for a GPU
+        return
+    left = seconds / (step + 1) * (run["max_iters"] - step)
+    speed = BATCH_SIZE * run["config"]["block_size"] * (step + 1) / seconds
+    line = f"step {step:>5}  loss {loss:.3f}  {speed:,.0f} tokens/s  {left:,.0f} s left"
+    if sys.stdout and sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(line.ljust(60)[:width], end="\r", flush=True)
+    elif seconds > run.get("shown", 0) + 30:  # the second at which the last line was printed
+        print(line, flush=True)
+        run["shown"] = seconds
 
 
 def evaluate(model, tokenizer, splits, prompt, step):
     """Print losses and a sample. Return {split: losses}. UserError: a loss is not finite."""
-    losses = {k: estimate_loss(model, v, BATCH_SIZE, EVAL_ITERS) for k, v in splits.items()}
-    line = "  ".join(f"{k} {name} {x:.4f}" for k, v in losses.items() for name, x in v.items())
-    check("nan" not in line and "inf" not in line, "the loss is not finite: lower LEARNING_RATE")
+    batch_size = max(1, 4096 // model.block_size)  # not BATCH_SIZE, so that losses compare
+    losses = {k: estimate_loss(model, v, batch_size, EVAL_ITERS) for k, v in splits.items()}
+    words = f"step {step:>5}"
+    for split, values in losses.items():
+        for name, value in values.items():
+            check(math.isfinite(value), "the loss is not finite: lower LEARNING_RATE")
+            words += f"  {split} {name} {value:.4f}"
     ids = generate(model, tokenizer.encode(prompt), 60, TEMPERATURE, TOP_K, TOP_P)
-    print(f"step {step:>5}  {line:<60}\n            {tokenizer.decode(ids)!r}", flush=True)
+    print(f"{words:<60}\n            {tokenizer.decode(ids)!r}", flush=True)
     return losses
 
 
-def check_constants():
-    """Raise UserError when a constant makes no sense, before anything is read or written."""
-    check(torch.__version__ >= (2, 13), f"PyTorch {torch.__version__} is too old: install 2.13.0")
-    sizes = "BLOCK_SIZE N_EMBED N_LAYERS N_HEADS BATCH_SIZE MAX_ITERS EVAL_INTERVAL EVAL_ITERS"
-    for names, low, high in (
-        (f"{sizes} TOP_K", 1, 10**9),
-        ("WARMUP_ITERS SAMPLE_TOKENS SEED", 0, 10**9),
-        ("TRAIN_SHARE DROPOUT FINAL_LR TOP_P", 0, 1.0),
-        ("LEARNING_RATE WEIGHT_DECAY GRADIENT_CLIP TEMPERATURE", 0, 1e9),
-        ("NAME DATA DATA_URL DATA_SHA256 PROMPT", "", "\U0010ffff"),
-    ):
-        for name, value in [(name, globals()[name]) for name in names.split()]:
-            fits = type(value) in (type(low), type(high)) and low <= value <= high
-            fits |= value is None and name in ("TOP_K", "TOP_P", "GRADIENT_CLIP")
-            check(fits, f"{name} = {value!r} must be {type(high).__name__}, {low!r} to {high!r}")
-    fits = type(BETAS) is tuple and [type(b) is float and 0 <= b < 1 for b in BETAS] == [True] * 2
-    check(fits, f"BETAS = {BETAS!r} must be two numbers from 0 to below 1")
+def printable(text):
+    """Return the text with its control characters spelled: a terminal would obey them."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
+
+
+def write_sample(model, tokenizer, prompt):
+    """Print the prompt, and its continuation while it is made. Return both as one string."""
+    ids = tokenizer.encode(prompt)
+    print(printable(prompt), end="", flush=True)
+    for token in generate(model, ids, SAMPLE_TOKENS, TEMPERATURE, TOP_K, TOP_P):
+        ids.append(token)
+        print(printable(tokenizer.decode([token])), end="", flush=True)
+    print(flush=True)
+    return tokenizer.decode(ids)
+
+
+def check_characters(text, what, run):
+    """Raise UserError if a text has characters without an id in the run."""
+    unknown = ", ".join(map(repr, sorted(set(text) - set(run["vocabulary"]))))
+    check(not unknown, f"{what} has characters that {run['text']} never shows: {unknown:.99}")
+
+
+def choose_prompt(flags, run):
+    """Return --prompt, or PROMPT, or the start of the text if it lacks characters of PROMPT."""
+    if flags.prompt is None and set(PROMPT) - set(run["vocabulary"]):
+        print(f"{run['text']} lacks characters of PROMPT: without --prompt it is {run['start']!r}")
+        return run["start"]
+    prompt = PROMPT if flags.prompt is None else flags.prompt
+    check_characters(prompt, "the prompt", run)
+    return prompt
 
 
 def parse_flags(argv):
     """Return the flags of the command line, or of the list argv. A notebook has neither."""
     parser = argparse.ArgumentParser(prog=f"{NAME}.py", description="Train a GPT and let it write.")
-    add, add_either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    add_either("--sample", action="store_true", help=f"no training: continue with {NAME}.pt")
-    add_either("--resume", action="store_true", help=f"train further, from {NAME}.resume.pt")
-    add("--prompt", metavar="TEXT", default=PROMPT, help="text to continue (default: %(default)s)")
-    add("--max-iters", metavar="N", type=int, default=MAX_ITERS, help="training steps in all")
+    add = parser.add_argument
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--sample", action="store_true", help="no training: continue the prompt with a run")
+    either("--resume", action="store_true", help="train a run further")
+    either("--runs", action="store_true", help="list the runs of this folder")
+    add("--run", metavar="FILE", help="the run for --sample and --resume (default: the newest)")
+    add("--prompt", metavar="TEXT", help=f"text to continue (default: {PROMPT!r})")
+    add("--max-iters", metavar="N", type=int, help=f"training steps in all (default: {MAX_ITERS})")
     add("--data", metavar="PATH", help=f"UTF-8 text to train on (default: {DATA})")
-    add("--device", metavar="NAME", default=DEVICE, help="cuda, mps or cpu (default: %(default)s)")
+    add("--device", metavar="NAME", default=DEVICE, help="cpu, cuda, ... (default: %(default)s)")
     add("--seed", metavar="N", type=int, help=f"default: {SEED}; with --sample, another each time")
-    flags = parser.parse_args([] if argv is None and "kernel_launcher" in sys.argv[0] else argv)
-    default = torch.seed() if flags.sample else SEED
-    flags.seed = (default if flags.seed is None else flags.seed) % 2**40  # `train` takes 2**20 more
-    return flags
+    in_notebook = argv is None and "kernel_launcher" in sys.argv[0]
+    return parser.parse_args([] if in_notebook else argv)
+
+
+def prepare(flags, device):
+    """Return (run, model, tokenizer, optimizers, splits) of a new run, or of one to go on with."""
+    path = find_data(flags.data)
+    text = read_text(path)
+    if flags.resume:
+        run, model, tokenizer = load_run(flags.run or newest_run(), device)
+    else:
+        run, model, tokenizer = new_run(text, flags, device)
+    if flags.max_iters is not None:
+        run["max_iters"] = flags.max_iters
+    done = f"{run['step']:,} of {run['max_iters']:,} steps are done"
+    check(run["step"] < run["max_iters"], f"{done}: --max-iters N trains further")
+    check(EVAL_INTERVAL > 0, f"EVAL_INTERVAL = {EVAL_INTERVAL} must be 1 or more")
+    optimizers = make_optimizers(model)
+    if flags.resume:
+        check_characters(text, path, run)
+        resume(run, model, optimizers, flags)
+    run["constants"] |= {"SEED": str(run["seed"]), "MAX_ITERS": str(run["max_iters"])}
+    splits = split_text(text, tokenizer, TRAIN_SHARE, model.block_size)
+    name_text(run, path, text, len(splits["train"]))
+    run["prompt"] = choose_prompt(flags, run)
+    print(f"{path}: {len(text):,} characters, ln V = {math.log(tokenizer.vocab_size):.4f}")
+    return run, model, tokenizer, optimizers, splits
+
+
+def measure(run, model, splits):
+    """Measure the best parameters exactly, print and save it. Return what `main` promises."""
+    loss = estimate_loss(model, splits["val"], BATCH_SIZE)["loss"]
+    bits = loss / math.log(2)
+    print(f"{run['path']}: the best of {run['step']:,} steps is {run['best_step']:,}", end=", ")
+    print(f"{loss:.4f} nats, {bits:.4f} bits a token on all of the validation text")
+    run["val_loss"] = loss
+    write_run(run)
+    tokens = run["step"] * BATCH_SIZE * model.block_size
+    results = {"val_loss": loss, "bits_per_character": bits, "steps": run["step"]}
+    return results | {"seconds": run["seconds"], "tokens_per_second": tokens / run["seconds"]}
 
 
 def main(argv=None):
@@ -667,54 +960,53 @@ def main(argv=None):
 
     Return {"val_loss": nats per token over the whole validation split, "bits_per_character",
     "steps", "seconds", "tokens_per_second", "parameters", "text"}: after --sample, the last two."""
-    check_constants()
     flags = parse_flags(argv)
-    keep_freed_memory()
-    check(flags.device in DEVICES, f"device {flags.device}: here it can be {', '.join(DEVICES)}")
-    device = torch.device(flags.device)
-    if not flags.sample:
-        path = find_data(flags.data)
-        text = path.read_text(encoding="utf-8-sig", errors="replace")  # -sig: Windows' first mark
-        check(text and not {*"\0\ufffd"} & {*text}, f"{path} is empty, or not UTF-8: save it so")
-    torch.manual_seed(flags.seed)
-    if flags.sample or flags.resume:
-        model, tokenizer = load_checkpoint(NAME + ".resume" * flags.resume + ".pt", device)
+    check(Path(NAME).name == NAME, f"NAME = {NAME!r} must be a file's name, without a folder")
+    if flags.runs:
+        list_runs()
+        return {}
+    device = find_device(flags.device)
+    if flags.sample:
+        run, model, tokenizer = load_run(flags.run or newest_run(), device, mmap=True)
+        run["prompt"] = choose_prompt(flags, run)
+        run["seed"] = torch.seed() % 2**32 if flags.seed is None else flags.seed
     else:
-        tokenizer = Tokenizer(text)
-        model = LM(tokenizer.vocab_size, BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT).to(device)
-    if flags.prompt == PROMPT and set(PROMPT) - set(tokenizer.vocabulary):
-        flags.prompt = (tokenizer.vocabulary[-1] if flags.sample else text.strip()).split("\n")[0]
-        print(f"the text lacks parts of PROMPT; without --prompt it is {flags.prompt!r}")
-    results, n = {}, sum(p.numel() for p in model.parameters())
-    print(f"{device}, bfloat16: {has_bfloat16(device)}, seed {flags.seed}; {n:,} parameters")
+        keep_freed_memory()
+        remove_leftovers(f"{NAME}-*.*.part")
+        run, model, tokenizer, optimizers, splits = prepare(flags, device)
+    results = {"parameters": sum(p.numel() for p in model.parameters())}
+    print(f"{device}, bfloat16: {has_bfloat16(device)}, seed {run['seed']}", end="; ")
+    print(f"{results['parameters']:,} parameters", flush=True)
     if not flags.sample:
-        splits = split_text(text, tokenizer, TRAIN_SHARE, model.block_size)
-        print(f"{path}: {len(text):,} characters, ln V = {math.log(tokenizer.vocab_size):.4f}")
-        with lock_folder():
-            results |= train(model, tokenizer, splits, flags, sha256(text.encode()).hexdigest())
-        loss = estimate_loss(model, splits["val"], BATCH_SIZE)["loss"]
-        results |= {"val_loss": loss, "bits_per_character": loss / math.log(2)}
-        print("best: {val_loss:.4f} nats, {bits_per_character:.4f} bits a token".format(**results))
-    torch.manual_seed(flags.seed)
-    ids = tokenizer.encode(flags.prompt)
-    print(flags.prompt, end="", flush=True)
-    for token in generate(model, ids, SAMPLE_TOKENS, TEMPERATURE, TOP_K, TOP_P):
-        ids.append(token)
-        print(tokenizer.decode([token]), end="", flush=True)
-    print(flush=True)
-    return results | {"parameters": n, "text": tokenizer.decode(ids)}
+        train(model, tokenizer, optimizers, splits, run)
+        run, model, tokenizer = load_run(run["path"], device)
+        results |= measure(run, model, splits)
+    torch.manual_seed(run["seed"])
+    return results | {"text": write_sample(model, tokenizer, run["prompt"])}
+
+
+def is_out_of_memory(error):
+    """Return whether an error says so: each kind of memory has words of its own."""
+    if isinstance(error, MemoryError):
+        return True
+    return "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 if __name__ == "__main__":
-    # A character that the terminal lacks prints as "?". A notebook's stdout has no reconfigure.
-    getattr(sys.stdout, "reconfigure", dict)(errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has none
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks prints as ?
     try:
         main()
+    except UserError as error:
+        sys.exit(f"{NAME}.py: {error}")
     except BrokenPipeError:  # no error: `head`, for one, has seen enough
         sys.exit()
-    except (KeyboardInterrupt, UserError, OSError) as error:
-        sys.exit(f"{NAME}.py: {str(error) or 'interrupted'}")
+    except KeyboardInterrupt:
+        if "kernel_launcher" in sys.argv[0]:  # a cell of a notebook was stopped
+            raise
+        print(f"{NAME}.py: interrupted", file=sys.stderr)
+        sys.exit(130)
     except (RuntimeError, MemoryError) as error:
-        if not any(words in repr(error) for words in ("out of memory", "allocate", "MemoryError")):
+        if not is_out_of_memory(error):
             raise
         sys.exit(f"{NAME}.py: out of memory: halve BATCH_SIZE, or take a smaller model")
