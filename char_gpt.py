@@ -561,11 +561,11 @@ def find_runs():
     return dict(sorted(found.items()))
 
 
-def newest_run():
-    """Return the path of the run with the highest number. UserError: there is none."""
+def saved_runs():
+    """Return the paths of this folder's runs, the newest last. UserError: there is none."""
     paths = [path for path in find_runs().values() if path.stat().st_size > 0]  # 0: a killed one
     check(paths, f"no run here: python {NAME}.py first")
-    return paths[-1]
+    return paths
 
 
 def take_number():
@@ -717,8 +717,7 @@ def summary(run):
 def list_runs():
     """Print a line for each run of this folder, with what differs from the first one."""
     first = None
-    for number in find_runs():
-        path = Path(f"{NAME}-{number}.pt")
+    for path in saved_runs():
         try:
             run = read_run(path, mmap=True)
         except Exception as error:
@@ -922,7 +921,7 @@ def prepare(flags, device):
     path = find_data(flags.data)
     text = read_text(path)
     if flags.resume:
-        run, model, tokenizer = load_run(flags.run or newest_run(), device)
+        run, model, tokenizer = load_run(flags.run or saved_runs()[-1], device)
     else:
         run, model, tokenizer = new_run(text, flags, device)
     if flags.max_iters is not None:
@@ -967,7 +966,7 @@ def main(argv=None):
         return {}
     device = find_device(flags.device)
     if flags.sample:
-        run, model, tokenizer = load_run(flags.run or newest_run(), device, mmap=True)
+        run, model, tokenizer = load_run(flags.run or saved_runs()[-1], device, mmap=True)
         run["prompt"] = choose_prompt(flags, run)
         run["seed"] = torch.seed() % 2**32 if flags.seed is None else flags.seed
     else:
