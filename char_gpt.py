@@ -23,7 +23,7 @@ an @CPU@, with Linux, Python 3.11, torch 2.13.0, SEED 1337 and MUON = True.) It 
 
     @SAMPLE@
 
-PyTorch supplies tensors (arrays of numbers), layers, gradients and AdamW. Shapes have these letters:
+PyTorch supplies tensors (arrays of numbers), layers, gradients and AdamW. Letters of shapes:
     B   batch: pieces of text processed in parallel   H   heads per block
     T   time: tokens in one piece                     hs  head size, C / H
     C   channels: numbers that represent one token    V   vocabulary: number of different tokens
@@ -157,36 +157,43 @@ def get_batch(tokens, batch_size, block_size, device):
 
 # --- 3. Model -------------------------------------------------------------------------------------
 # The bricks, all from PyTorch:
-# - A layer, nn.Linear(n, m), turns a vector x of n numbers into m numbers: y = x W + b. The matrix
-#   W (n × m numbers) and the bias b (m numbers) are parameters: they start random, and are learned.
-#   For x = (1, 2), W with the rows (3, 0) and (1, 1), and b = (10, 20), y is
-#   (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22).
-# - nn.Embedding(n, m) is a table of n rows with m numbers each, also learned. It returns row i.
-# - A module, a class below, holds layers and other modules. One calls it like a function:
-#   `layer(x)` runs its method `forward`.
+# - A layer, nn.Linear(n, m), turns a vector x of n numbers into one of m numbers: y = x W + b. The
+#   matrix W (n × m numbers) and the bias b (m numbers) are parameters: they start random, and
+#   training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1), and b = (10, 20):
+#   y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22).
+# - nn.Embedding(n, m) is a table of n rows with m numbers each. They are parameters, too. For the
+#   number i, it returns row i.
+# - A module is an object that holds layers and other modules. The classes below are modules. One
+#   calls a module like a function: module(x) runs its method `forward`.
 # - Softmax turns numbers into probabilities: p_i = exp(x_i) / (sum of exp(x_j) over all j). The
 #   numbers 2, 1, 0 become 0.67, 0.24, 0.09: all positive, with sum 1. Adding the same number to all
-#   of them changes nothing. The numbers that go into a softmax are called logits, or scores.
+#   of them changes nothing. Numbers that will go into a softmax are called logits, or scores.
 #
-# The whole model, and what one example becomes on its way through it. The example is of a small
-# LM, with V = 7, T = C = 4, one block of two heads. In 200 steps it has learned the line "to be or
-# not to be". It reads "to b". These are the numbers at the last position, the b. A * marks a place
-# with parameters, and how many there are in the example.
+# The whole model, from top to bottom, and one example on its way through it. The example is of a
+# small LM: V = 7, T = C = 4, one block with 2 heads. In 200 steps it has learned the line "to be or
+# not to be". Now it reads "to b". On the right are the numbers of the last position, the b, to two
+# decimals. A * marks parameters, and how many there are.
 #
-#        characters                          t  o     b
-#        token ids (B, T)                    6  4  0  1
-# LM      * token_embedding: row 1            @TOKEN@       * 7 × 4
-#         * + position_embedding: row 3       @POSITION@       * 4 × 4
-#         = a vector of C numbers             @X0@
-# Block   N_LAYERS times:
-#          MultiHead: each position collects what it needs from earlier ones
-#         *                                 + @ATTENTION@       * 4 × 12 + 4 × 4 + 4
-#          FeedForward: each position computes with what it has, on its own
-#         *                                 + @FEED@       * 4 × 16 + 16 + 16 × 4 + 4
-#         = what leaves the block             @X1@
-# LM      * ln_f: LayerNorm                   @NORMED@
-#         * lm_head: one logit per character, (B, T, V)
-# @TODO@
+#   token ids (B, T): "t", "o", " " and "b"              6      4      0      1
+#   LM * token_embedding, 7 × 4: row 1, for "b"         -0.14  -0.87   0.06  -0.46
+#      * position_embedding, 4 × 4: the last row        -0.15   0.33   0.00  -0.17
+#        their sum, a vector of C numbers (B, T, C)     -0.29  -0.54   0.06  -0.62
+#   Block, N_LAYERS times:
+#      * MultiHead, 4 × 12 + 4 × 4 + 4: it adds what     0.24  -0.52  -0.37  -0.08
+#        the position collects from earlier ones
+#      * FeedForward, 4 × 16 + 16 + 16 × 4 + 4: it      -0.40   0.34   0.04  -0.02
+#        adds what the position computes from that
+#      * LayerNorm, twice, 4 + 4 each: see Block
+#        the sum so far                                 -0.45  -0.71  -0.26  -0.72
+#   LM * ln_f, 4 + 4: one more LayerNorm                 1.79  -1.66   3.04  -2.17
+#      * lm_head, 4 × 7: logits (B, T, V) of the next token, and softmax's probabilities:
+#                                                 " "    "b"    "e"    "n"    "o"    "r"    "t"
+#                                               -1.74   2.85   4.90  -0.45  -2.93   2.32  -0.23
+#                                                0.00   0.11   0.82   0.00   0.00   0.06   0.00
+#        The next character is the "e": the loss is -ln 0.82 = 0.20.
+#
+# These are 312 parameters. With the constants of a CPU above there are 824,832: 8,320 for tokens,
+# 16,384 for positions, 4 times 197,888 in blocks, 256 in ln_f and 8,320 in lm_head.
 
 
 class Head(nn.Module):
@@ -328,8 +335,9 @@ class LM(nn.Module):
         check(0 < T <= self.block_size, f"T = {T} must be 1 to block_size = {self.block_size}")
         # autocast: products in bfloat16 (8 bits of precision, not 24), twice as fast in hardware.
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=has_bfloat16(idx.device)):
-            # Attention alone cannot tell a b c from b a c: an average does not depend on the order
-            # of its terms. So each position has a vector of its own. (B, T, C) + (T, C) -> (B, T, C)
+            # An average does not depend on the order of its terms: attention alone would make the
+            # same of "ab" and "ba" in front of a token. So each position adds a vector of its own.
+            # (B, T, C) + (T, C) -> (B, T, C)
             x = self.token_embedding(idx) + self.position_embedding.weight[:T]
             x = self.ln_f(self.blocks(self.dropout(x)))
             logits = self.lm_head(x).float()  # (B, T, C) @ (C, V) -> (B, T, V)
@@ -504,10 +512,27 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 
 # --- The lesson ends here. What follows: a better optimizer, files, flags and errors. -------------
 # --- 6. Muon: for those who want to know ----------------------------------------------------------
+# A matrix W turns a vector x into x W. It makes some vectors longer than others. For example, let W
+# have the rows (5.5, 4.5) and (4.5, 5.5). Then (1, 1) W = (10, 10): in the direction of (1, 1), the
+# factor is 10. And (1, -1) W = (1, -1): in that direction, it is 1. A matrix of 128 × 384 numbers
+# has 128 such directions with their factors, the singular values.
+#
+# Let this W be the gradient of a layer's matrix. The factor is large for (1, 1) if many inputs of
+# the batch lie in that direction. Three optimizers make different steps of this gradient:
+#
+#                plain gradient     AdamW, first step     Muon
+#                5.5  4.5           1  1                  0.7  0.0
+#                4.5  5.5           1  1                  0.0  0.7
+#     factors    10 and 1           2 and 0               0.7 and 0.7
+#
+# The rate must be small enough for the largest factor, so a plain step learns little for (1, -1).
+# AdamW makes the numbers of the matrix equal, not its factors: here it learns nothing for (1, -1).
+# Muon makes the factors equal: it learns as much for rare directions as for frequent ones.
+# @MUONGAIN@
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
 
-    @MUON@"""
+    It averages the gradients of each matrix, and makes the factors of the average about equal."""
 
     def __init__(self, matrices, weight_decay):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
@@ -524,18 +549,31 @@ class Muon(torch.optim.Optimizer):
                     state["average"] = torch.zeros_like(p)
                 average = state["average"]
                 average.lerp_(p.grad, 0.05)  # in place (_): 0.95 · old average + 0.05 · gradient
-                # Look ahead: 0.95 · average + 0.05 · gradient, so the newest counts about twice.
+                # 0.95 · average + 0.05 · gradient: the newest gradient counts about twice.
                 update = orthogonalize(p.grad.lerp(average, 0.95))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # The entries of `update` are about 1/√max(shape). AdamW's are about 0.2. With this
-                # factor both fit the same rate (Liu et al. 2025, arXiv 2502.16982).
+                # If all factors are 1, the squares of the r · c numbers sum to r, for r <= c: each
+                # is about 1/√c. Those of AdamW's step are about 0.2. With the factor 0.2 · √c, one
+                # rate fits both (Liu et al. 2025, arXiv 2502.16982).
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 def orthogonalize(matrix):
     """Return the matrix with its factors (singular values) about equal, near 1.
 
-    @ORTHO@"""
+    >>> orthogonalize(torch.tensor([[5.5, 4.5], [4.5, 5.5]])).mul(10).round().abs().tolist()
+    [[7.0, 0.0], [0.0, 7.0]]
+
+    x xᵀ x has the directions of x. Each factor s becomes s³: above, (1, 1) is multiplied by 10
+    three times. So a x + b x xᵀ x + c x xᵀ x xᵀ x turns each s into a s + b s³ + c s⁵, and one need
+    not know the directions. With 3.4445, -4.775 and 2.0315 for a, b, c, a small s grows to 3.4 s,
+    and an s near 1 stays between 0.6 and 1.2. Five rounds of it (Newton-Schulz) are enough:
+
+        s = 1       0.70  1.11  0.72  1.09  0.70
+        s = 0.01    0.03  0.12  0.40  1.09  0.70
+
+    First, the matrix is divided by its norm, so that no factor is above 1: norm² is the sum of the
+    squares of all numbers, and of all factors. Above, it is 101 = 10² + 1²."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T  # the same result, from smaller products
     x = matrix.bfloat16() if has_bfloat16(matrix.device) else matrix

@@ -3,6 +3,8 @@
     python tests/benchmark.py                    training steps, about 3 minutes on 2 cores
     python tests/benchmark.py run quick a100     whole runs of the README's presets, as processes
     python tests/benchmark.py run default        ... with the constants of the file
+    python tests/benchmark.py parts              what each part of the model is worth, 25 minutes
+    python tests/benchmark.py rates              three optimizers at several rates, 15 minutes
     python tests/benchmark.py --avx2 ...         as on a CPU without bfloat16 or AVX-512
 
 A plain step is a training step of the model that most courses write: one module per head, float32,
@@ -20,6 +22,7 @@ within a round. The plain step of a run is timed before and after it.
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -219,10 +222,11 @@ def plain_step(rounds=40):
 
 
 def presets(script):
-    """Return {name: source} of the README's presets of a script."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    """Return {name: source} of the presets of a script."""
+    texts = [path for path in (ROOT / "README.md", ROOT / "tests/RESULTS.md") if path.exists()]
+    text = "".join(path.read_text(encoding="utf-8") for path in texts)
     block = rf"```python\n# preset ([\w-]+): {script}\.py\n(.*?)```"
-    return dict(re.findall(block, readme, flags=re.S))
+    return dict(re.findall(block, text, flags=re.S))
 
 
 def run(script, name, folder, edits=""):
@@ -253,6 +257,118 @@ def run(script, name, folder, edits=""):
     )
 
 
+# --- what each part is worth ----------------------------------------------------------------------
+SEEDS = (1337, 1)
+ADAMW = [("\nMUON = True", "\nMUON = False")]
+SGD = [
+    *ADAMW,
+    (
+        "    return [adamw, Muon(by_muon, WEIGHT_DECAY)] if by_muon else [adamw]",
+        "    return [torch.optim.SGD(model.parameters(), lr=1.0)]",
+    ),
+]
+ADAMW_RATE = "ADAMW_LEARNING_RATE = 1e-3 if FAST_GPU else 1.6e-2"
+MUON_RATE = "LEARNING_RATE = 1e-3 if FAST_GPU else 8e-3  # the peak"
+ATTENTION = "x = x + self.attention(self.ln1(x))"
+FEED_FORWARD = "return x + self.feed_forward(self.ln2(x))"
+N_LAYERS = "N_LAYERS = 6 if FAST_GPU else 4"
+PARTS = {  # what is changed: [(text in char_gpt.py, text in its place)]
+    "nothing": [],
+    "no blocks": [(N_LAYERS, "N_LAYERS = 0")],
+    "no attention": [(ATTENTION, "x = x")],
+    "one head": [("N_HEADS = 6 if FAST_GPU else 4", "N_HEADS = 1")],
+    "no positions": [(" + self.position_embedding.weight[:T]", "")],
+    "no feed-forward": [(FEED_FORWARD, "return x")],
+    "no residuals": [
+        (ATTENTION, "x = self.attention(self.ln1(x))"),
+        (FEED_FORWARD, "return self.feed_forward(self.ln2(x))"),
+    ],
+    "no LayerNorm": [
+        ("self.ln1 = nn.LayerNorm(n_embed)", "self.ln1 = nn.Identity()"),
+        ("self.ln2 = nn.LayerNorm(n_embed)", "self.ln2 = nn.Identity()"),
+        ("self.ln_f = nn.LayerNorm(n_embed)", "self.ln_f = nn.Identity()"),
+    ],
+    "no scale": [("(q / hs**0.5) @", "q @")],
+    "no mask": [("F.softmax(scores + mask, dim=-1)", "F.softmax(scores, dim=-1)")],
+    "no warm-up": [("WARMUP_ITERS = 100", "WARMUP_ITERS = 0")],
+    "a constant rate": [("FINAL_LR = 0.0", "FINAL_LR = 1.0")],
+    "AdamW alone": ADAMW,
+    "SGD alone": [*SGD, (ADAMW_RATE, "ADAMW_LEARNING_RATE = 3.0")],
+    "one block": [(N_LAYERS, "N_LAYERS = 1")],
+    "eight blocks": [(N_LAYERS, "N_LAYERS = 8")],
+    "T = 16": [("BLOCK_SIZE = 256 if FAST_GPU else 128", "BLOCK_SIZE = 16")],
+    "dropout 0.2": [("DROPOUT = 0.2 if FAST_GPU else 0.0", "DROPOUT = 0.2")],
+    "biases on q, k, v": [("3 * n_embed, bias=False)", "3 * n_embed)")],
+    "no clipping": [("GRADIENT_CLIP = 1.0", "GRADIENT_CLIP = None")],
+    "no weight decay": [("WEIGHT_DECAY = 0.1 if FAST_GPU else 0.5", "WEIGHT_DECAY = 0.0")],
+}
+RATES = {
+    "Muon": ([], MUON_RATE, (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+    "AdamW": (ADAMW, ADAMW_RATE, (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)),
+    "SGD": (SGD, ADAMW_RATE, (0.3, 1.0, 3.0, 6.0)),
+}
+
+
+def edited(edits):
+    """Return the source of char_gpt.py with all edits made. ValueError: one has no place."""
+    source = (ROOT / "char_gpt.py").read_text(encoding="utf-8")
+    for old, new in edits:
+        if source.count(old) != 1:
+            raise ValueError(f"char_gpt.py has {source.count(old)} places {old!r}")
+        source = source.replace(old, new)
+    return source
+
+
+def train_edited(edits, seed, steps):
+    """Train an edited char_gpt.py as a process of its own. Return its results."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "char_gpt.py").write_text(edited(edits), encoding="utf-8")
+        flags = ["--data", str(ROOT / "input.txt"), "--max-iters", str(steps), "--seed", str(seed)]
+        code = f"import char_gpt, json; print(json.dumps(char_gpt.main({flags!r})))"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return {"val_loss": math.nan, "seconds": math.nan, "text": done.stderr.splitlines()[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def simplest_models():
+    """Print the loss of two models that only count, on the same validation text."""
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")
+    splits = char_gpt.split_text(text, char_gpt.Tokenizer(text), 0.9, 128)
+    train, val = splits["train"], splits["val"]
+    pairs = torch.zeros(V, V).index_put_((train[:-1], train[1:]), torch.tensor(1.0), True)
+    single = train.bincount(minlength=V) / len(train)
+    after = (pairs + 0.1) / (pairs + 0.1).sum(1, keepdim=True)  # 0.1: no pair is impossible
+    print(f"uniform: {math.log(V):.4f}")
+    print(f"frequencies of characters: {-single[val[1:]].log().mean():.4f}")
+    print(f"the character before: {-after[val[:-1], val[1:]].log().mean():.4f}", flush=True)
+
+
+def parts(names, steps=400):
+    """Print what each edit makes of the loss, with two seeds."""
+    for edits in PARTS.values():
+        edited(edits)  # all have their place
+    simplest_models()
+    for name in names or PARTS:
+        runs = [train_edited(PARTS[name], seed, steps) for seed in SEEDS]
+        losses = "  ".join(f"{run['val_loss']:.4f}" for run in runs)
+        print(f"{name:20} {losses}  {runs[0]['seconds']:.0f} s", flush=True)
+        if name == "no mask" or math.isnan(runs[0]["val_loss"]):
+            print(f"    {runs[0]['text'][:80]!r}", flush=True)
+
+
+def rates(names, steps=400):
+    """Print the loss of each optimizer at several rates, with two seeds."""
+    for name in names or RATES:
+        edits, line, values = RATES[name]
+        for rate in values:
+            change = (line, line.partition("=")[0] + f"= {rate}  # the peak")
+            runs = [train_edited([*edits, change], seed, steps) for seed in SEEDS]
+            losses = "  ".join(f"{run['val_loss']:.4f}" for run in runs)
+            print(f"{name:6} {rate:7}  {losses}", flush=True)
+
+
 def main(script="char_gpt", data=ROOT / "input.txt", steps=steps):
     """Print the versions, the kind of machine, and what the command line asks for."""
     words = [word for word in sys.argv[1:] if word != "--avx2"]
@@ -266,6 +382,10 @@ def main(script="char_gpt", data=ROOT / "input.txt", steps=steps):
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / data.name).symlink_to(data.resolve())
                 run(script, name, folder, edits)
+    elif words[:1] == ["parts"]:
+        parts(words[1:])
+    elif words[:1] == ["rates"]:
+        rates(words[1:])
     else:
         with contextlib.suppress(KeyboardInterrupt):
             steps()

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, assert_one_line_error, drawn, edited_copy, load_fresh, run_child
+from conftest import ROOT, assert_one_line_error, edited_copy, load_fresh, run_child
+from matplotlib.figure import Figure
 from torch import nn
 
 CPU = torch.device("cpu")
@@ -44,14 +45,19 @@ def close(a, b, tolerance=1e-5):
 
 
 def train_tiny(gpt, text=TEXT[:20_000], flags=(), **constants):
-    """Run main on a short text; returns (results, weights of the last step)."""
+    """Train on a short text; returns (results, weights of the last step)."""
     for name, value in (TINY | constants).items():
         assert hasattr(gpt, name), name
         setattr(gpt, name, value)
     with open("t.txt", "w", encoding="utf-8") as file:
         file.write(text)
     results = gpt.main(["--data", "t.txt", *flags])
-    return results, torch.load("char_gpt.resume.pt", weights_only=True)["weights"]
+    return results, newest(gpt)["last"]
+
+
+def newest(gpt):
+    """Return what the newest run's file holds."""
+    return gpt.read_run(gpt.saved_runs()[-1])
 
 
 # --- the model against somebody else's ------------------------------------------------------------
@@ -142,6 +148,33 @@ def test_bfloat16_where_the_hardware_computes_in_it(gpt, model):
     assert dtypes == [torch.bfloat16, torch.float32]
 
 
+def test_a_token_changes_nothing_before_it(model):
+    idx = torch.randint(11, (1, 8))
+    before, _ = model(idx)
+    for t in range(8):
+        changed = idx.clone()
+        changed[0, t] = (changed[0, t] + 1) % 11
+        after, _ = model(changed)
+        assert torch.equal(after[0, :t], before[0, :t])
+        assert not torch.equal(after[0, t:], before[0, t:])
+
+
+def test_the_estimate_is_the_mean_over_every_target(gpt, model):
+    """Whole or in part, it equals a slow loop; so it does for lengths that T does not divide."""
+    for length in (2, 8, 9, 10, 50):
+        tokens = torch.randint(11, (length,))
+        losses = []
+        for start in range(0, length - 1, 8):
+            window = tokens[start : start + 9]
+            logits, _ = model(window[None, :-1])
+            losses.append(F.cross_entropy(logits[0], window[1:], reduction="none"))
+        whole = torch.cat(losses).mean().item()
+        for batch_size in (1, 2, 99):
+            assert gpt.estimate_loss(model, tokens, batch_size)["loss"] == pytest.approx(whole)
+    some = torch.cat([losses[0], losses[3]]).mean().item()  # 2 of 7 windows: 0 and 7 // 2
+    assert gpt.estimate_loss(model, tokens, 1, eval_iters=2)["loss"] == pytest.approx(some)
+
+
 # --- sampling -------------------------------------------------------------------------------------
 
 
@@ -205,7 +238,7 @@ def test_muon_equals_torch_and_a_slow_one(gpt, shape):
     ))  # fmt: skip
     ours = {}
     for gpt.has_bfloat16 in (lambda device: True, lambda device: False):
-        ours[gpt.has_bfloat16(CPU)] = after(lambda ps: gpt.Muon(ps, {"weight_decay": 0.1}))
+        ours[gpt.has_bfloat16(CPU)] = after(lambda ps: gpt.Muon(ps, 0.1))
     assert (ours[True] - theirs).norm() < 0.03 * theirs.norm()
     assert (ours[False] - theirs).norm() < 0.05 * theirs.norm()
     close(ours[False], slow_muon(start, gradients, 0.02, 0.1) - start)
@@ -258,22 +291,108 @@ def test_numbers_in_comments(gpt):
             assert float(text) == round(number, len(text.partition(".")[2])), row
 
 
+def test_the_example_that_goes_through_the_model(gpt):
+    """The numbers of the map in section 3: a small LM that has learned one line."""
+    gpt.MUON, gpt.WEIGHT_DECAY, gpt.GRADIENT_CLIP, gpt.BETAS = False, 0.5, 1.0, (0.9, 0.99)
+    line = "to be or not to be"
+    torch.manual_seed(1)
+    tokenizer = gpt.Tokenizer(line)
+    ids = torch.tensor(tokenizer.encode(line))
+    model = gpt.LM(tokenizer.vocab_size, 4, n_embed=4, n_heads=2, n_layers=1, dropout=0.0)
+    optimizers = gpt.make_optimizers(model)
+    for _ in range(200):
+        x, y = gpt.get_batch(ids, 8, 4, CPU)
+        gpt.train_step(model, optimizers, x, y, 0.01)
+    idx = torch.tensor([tokenizer.encode("to b")])
+    block, position = model.blocks[0], model.position_embedding.weight
+    with torch.no_grad():
+        token = model.token_embedding(idx)
+        x = token + position
+        attention = block.attention(block.ln1(x))
+        feed_forward = block.feed_forward(block.ln2(x + attention))
+        end = x + attention + feed_forward
+        logits = model(idx)[0][0, -1]
+    rows = [idx[0], token[0, -1], position[-1], x[0, -1], attention[0, -1], feed_forward[0, -1]]
+    rows += [end[0, -1], model.ln_f(end)[0, -1], logits, logits.softmax(-1)]
+    source = (ROOT / "char_gpt.py").read_text(encoding="utf-8")
+    _, _, example = source.partition("#   token ids (B, T)")
+    shown = []
+    for comment in example.partition("class Head")[0].splitlines():
+        row = re.search(r"((?: +-?\d+(?:\.\d\d)?(?= |$)){4,7})$", comment)
+        if row:
+            shown.append([float(number) for number in row[1].split()])
+    assert [len(row) for row in shown] == [4] * 8 + [7] * 2
+    for numbers, row in zip(shown, rows, strict=True):
+        assert numbers == pytest.approx(row.tolist(), abs=0.02), numbers
+    assert f"-ln {shown[-1][2]:.2f} = {-logits.log_softmax(-1)[2]:.2f}" in example
+    assert tokenizer.vocabulary == " benort"
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (model, block)]
+    assert f"{sizes[0]} parameters" in example and sizes[1] == 68 + 148 + 2 * 8
+    large = gpt.LM(65, 128, 128, 4, 4, 0.0)
+    for part in (
+        large,
+        large.token_embedding,
+        large.position_embedding,
+        large.blocks[0],
+        large.ln_f,
+    ):
+        assert f"{sum(p.numel() for p in part.parameters()):,}".replace(",", ",") in example
+
+
+def test_the_example_of_muon(gpt):
+    """Section 6: factors, what three optimizers make of them, and the rounds of Newton-Schulz."""
+    gradient = torch.tensor([[5.5, 4.5], [4.5, 5.5]])
+    assert (torch.tensor([1.0, 1]) @ gradient).tolist() == [10, 10]
+    assert (torch.tensor([1.0, -1]) @ gradient).tolist() == [1, -1]
+    assert torch.linalg.svdvals(gradient).tolist() == pytest.approx([10, 1])
+    assert gradient.square().sum().item() == pytest.approx(101)
+    p = nn.Parameter(torch.zeros(2, 2))
+    p.grad = gradient
+    torch.optim.AdamW([p], lr=1.0, weight_decay=0.0).step()
+    close(-p.detach(), torch.ones(2, 2))
+    close(gpt.orthogonalize(gradient), torch.tensor([[0.7, 0.0], [0.0, 0.7]]), 0.02)
+    rows = re.findall(r"^ +s = ([\d.]+) +([\d. ]+)$", gpt.orthogonalize.__doc__, flags=re.M)
+    assert len(rows) == 2
+    for start, shown in rows:
+        s, rounds = float(start), []
+        for _ in range(5):
+            s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+            rounds.append(f"{s:.2f}")
+        assert rounds == shown.split()
+
+
+def test_the_sizes_of_q_and_k_at_the_start(gpt):
+    """What Head's comment says of the scale: the scores have one size, whatever hs is."""
+    for hs in (16, 256):
+        x = torch.randn(1, 500, 256)
+        attention = gpt.MultiHead(256, 256 // hs, 0.0)
+        q, k, _ = attention.qkv(x).split(256, dim=-1)
+        scores = q[..., :hs] @ k[..., :hs].transpose(-2, -1)
+        assert (scores / hs**0.5).std().item() == pytest.approx(1 / 3, rel=0.1)
+
+
 def test_the_plot(gpt, monkeypatch):
-    (axes,) = drawn(monkeypatch, lambda: train_tiny(gpt))
-    train, val, best, uniform = axes.get_lines()
-    assert (train.get_label(), val.get_label()) == ("train", "val")
-    history = torch.load("char_gpt.resume.pt", weights_only=True)["history"]
+    """It shows the history, ln V, and at the end the exact loss that the screen shows as well."""
+    figures, save = [], Figure.savefig
+    both = lambda self, *a, **k: (figures.append(self), save(self, *a, **k))  # noqa: E731
+    monkeypatch.setattr(Figure, "savefig", both)
+    results, _ = train_tiny(gpt, EVAL_INTERVAL=10)
+    history = newest(gpt)["history"]
+    (axes,) = figures[-1].axes
+    train, val, uniform = axes.get_lines()
     for line, split in ((train, "train"), (val, "val")):
+        assert line.get_label().startswith(split)
         assert line.get_xydata().tolist() == [[s, e[split]["loss"]] for s, e in history.items()]
-    assert best.get_ydata() == [min(val.get_ydata())]
     assert uniform.get_ydata() == pytest.approx([math.log(len(set(TEXT[:20_000])))] * 2)
+    assert f"{results['val_loss']:.4f}" in axes.get_title()
+    assert "~" in figures[0].axes[0].get_title() and "~" not in axes.get_title()
 
 
 def test_prompts_with_other_characters(gpt, tmp_path, capsys):
     greek = "αβγ δε\n" * 300
     results, _ = train_tiny(gpt, greek)
     assert results["text"].startswith("αβγ δε") and "--prompt" in capsys.readouterr().out
-    assert gpt.main(["--sample"])["text"]
+    assert gpt.main(["--sample"])["text"].startswith("αβγ δε")
     for flags in ([], ["--sample"]):
         with pytest.raises(gpt.UserError, match="'!', 'R'"):
             gpt.main([*flags, "--data", "t.txt", "--prompt", "αR!"])
