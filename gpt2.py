@@ -1,48 +1,6 @@
 """GPT-2 in one file: it takes OpenAI's weights, or random ones, and trains them on any text.
 
-Read char_gpt.py first: the model and its training work the same way. In 2019, OpenAI trained
-GPT-2 on 40 GB of text from the web. Fine-tuning trains these weights further, on a small text of
-another kind. It needs few steps: they know English already. What is new, by class or function:
-- Tokenizer: tokens are pieces of words (BPE). 338,025 of them are the 1,115,394 characters of
-  input.txt: a context of 1,024 tokens holds 3.3 times as much text.
-- load_tokens, get_batch, estimate_loss: the text is encoded once, into a file. Its parts are read
-  when they are used. So the text can be larger than the memory.
-- Head: the same attention, in one function of PyTorch that never stores all T x T scores
-- Cache: keeps the keys and values of earlier tokens, so that for a new token only its own position
-  is computed
-- MultiHead: biases on q, k and v, because OpenAI's weights have them (QKV_BIAS)
-- FeedForward: GELU, because OpenAI's weights were trained with it
-- LM: the output layer is the token embedding. 38.6 million numbers are stored once, not twice.
-- load_pretrained: OpenAI's weights fit into LM: rename them, transpose some
-- make_optimizers: AdamW alone, as in OpenAI's first GPT, so that published settings fit. In the
-  small steps of a CPU, Muon's products would take longer than all the rest.
-- train_step: adds up the gradients of several batches: all at once would not fit in memory
-- parallelize, join_processes: a compiled model; several GPUs that share each step
-- for_generation: weights of 16 bits, because a new token takes as long as reading all weights
-- write_sample, stream: a character can have several tokens; it is printed when it is whole
-- download: 548 MB, once
-
-    python gpt2.py                                 fine-tune OpenAI's weights, then continue PROMPT
-    python gpt2.py --sample --prompt "To be"       no training: continue with what was learned
-    python gpt2.py --sample --init pretrained      no training: continue with OpenAI's weights
-    python gpt2.py --init scratch --data my.txt    train random weights on a text; -h: all flags
-    python gpt2.py --resume --max-iters 200        train further
-    torchrun --nproc_per_node=2 gpt2.py            train on two GPUs
-
-Measured with random weights (2 cores of an Intel Xeon with bfloat16, Linux, Python 3.11, torch
-2.13.0): 124,439,808 parameters; a step of 4 x 256 tokens takes 1.43 s, and 1.94 s in Hugging Face's
-transformers 5.23.0; it writes 51.7 tokens per second, transformers (float32) 35.8. How far
-fine-tuning lowers the loss was not measured: OpenAI's weights were not at hand. Losses per token do
-not compare with those of char_gpt.py, as a token is 3.3 characters here: bits per character do.
-
-PyTorch supplies tensors (arrays), gradients, AdamW, layers. Calling one runs its forward. Shapes:
-    B   batch: pieces of text processed in parallel   H   heads per block
-    T   time: tokens in one piece                     hs  head size, C / H
-    C   channels: numbers that represent one token    V   vocabulary: number of different tokens
-
-Papers: Radford et al. 2018 (GPT), Improving Language Understanding by Generative Pre-Training;
-Radford et al. 2019 (GPT-2), Language Models are Unsupervised Multitask Learners; Brown et al. 2020
-(GPT-3), arXiv 2005.14165.
+@HEADER@
 """
 
 # SPDX-License-Identifier: MIT
@@ -53,22 +11,19 @@ Radford et al. 2019 (GPT-2), Language Models are Unsupervised Multitask Learners
 
 import argparse
 import codecs
-import contextlib
 import copy
 import ctypes
 import json
 import math
+import numbers
 import os
 import re
-import signal
+import shutil
 import sys
-import threading
 import time
 from array import array
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from hashlib import file_digest, sha256
-from itertools import islice
 from pathlib import Path
 
 import requests
@@ -76,85 +31,106 @@ import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
-from torch.ao.nn.quantized.dynamic import Linear as HalfLinear
 
 # --- 1. Hyperparameters: edit them, and run again. Each is explained where it is used. ------------
-NAME = "gpt2"  # names of files: NAME.pt, NAME.resume.pt, NAME.png and NAME.lock
-ON_GPU = torch.cuda.is_available()  # where a line has an else, the first value is for a CUDA GPU
-DEVICES = ["cuda"] * ON_GPU + ["mps"] * torch.backends.mps.is_available() + ["cpu"]  # fastest first
-DEVICE = DEVICES[0]  # where the tensors are
-SEED = 1337  # where all random numbers start: any number; another one gives another model
-IN_GROUP = "TORCHELASTIC_RUN_ID" in os.environ  # has torchrun started this?
-N_RANKS = int(os.environ["WORLD_SIZE"]) if IN_GROUP else 1  # copies of it that train together
-RANK = int(os.environ["RANK"]) if IN_GROUP else 0  # the number of this copy
+NAME = "gpt2"  # a run is a file: NAME-1.pt, the next one NAME-2.pt
+# Where a line has an else, its first value is for a CUDA GPU that computes in bfloat16.
+FAST_GPU = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+SEED = 1337  # where all random numbers start, 0 to 2**32 - 1; another one gives another model
+# Processes that train together (see join_processes). torchrun tells each one these two numbers.
+STARTED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+N_RANKS = int(os.environ["WORLD_SIZE"]) if STARTED_BY_TORCHRUN else 1  # how many there are
+RANK = int(os.environ["RANK"]) if STARTED_BY_TORCHRUN else 0  # which one this is, from 0
 # Data
 DATA = "input.txt"  # any UTF-8 text; this one is in the repository, or is downloaded
 DATA_URL = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
 DATA_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-TRAIN_SHARE = 0.9  # the first 90% of the text is for training, the rest only for measuring
-MAX_VAL_TOKENS = 1_000_000 if ON_GPU else 50_000  # at most so many tokens of the rest
+TRAIN_SHARE = 0.9  # the first 90% of the text is for training, the rest for measuring
+MAX_VAL_TOKENS = 1_000_000 if FAST_GPU else 50_000  # at most so many tokens of the rest
 # Model
 INIT = "pretrained"  # begin with OpenAI's weights; "scratch": with random ones
 MODEL = "gpt2"  # which weights of OpenAI's: a name of SIZES; larger: better, and slower
-SIZES = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20)}
-SIZES["gpt2-xl"] = (1600, 48, 25)  # C, blocks, H: Radford et al. 2019, table 2, and their weights
-VOCAB_SIZE = 50_257  # V; from scratch on a GPU, 50_304 is faster: 64 divides it
-BLOCK_SIZE = 1024  # T, tokens that the model sees; more: better, and slower
-N_EMBED = SIZES.get(MODEL, (0, 0, 0))[0]  # C; twice as many take up to 4 times as long
-N_LAYERS = SIZES.get(MODEL, (0, 0, 0))[1]  # blocks; more: better, and slower
-N_HEADS = SIZES.get(MODEL, (0, 0, 0))[2]  # H; must divide N_EMBED; a head size of 64 is usual
+SIZES = {  # C, blocks, H: Radford et al. 2019, table 2, and their weights
+    "gpt2": (768, 12, 12),
+    "gpt2-medium": (1024, 24, 16),
+    "gpt2-large": (1280, 36, 20),
+    "gpt2-xl": (1600, 48, 25),
+}
+VOCAB_SIZE = 50_257  # V; from scratch on a GPU, 50_304 = 64 · 786 makes the products faster
+BLOCK_SIZE = 1024  # the longest T: rows of the table of positions
+WINDOW = 1024 if FAST_GPU else 256  # T in training, at most BLOCK_SIZE; more: better, and slower
+N_EMBED = None  # C; None: as MODEL has it; twice as many take up to 4 times as long
+N_LAYERS = None  # blocks; None: as MODEL has it; more: better, and slower
+N_HEADS = None  # H; None: as MODEL has it; must divide N_EMBED; a head size of 64 is usual
 QKV_BIAS = True  # biases on q, k and v: OpenAI's weights have them, most newer models do not
-DROPOUT = 0.1  # share of numbers set to 0 (see FeedForward), against overfitting
+DROPOUT = 0.1  # share of numbers set to 0 (see FeedForward)
 # Optimization
-WINDOW = 1024 if ON_GPU else 256  # tokens of a training window; from scratch, it is T as well
-BATCH_SIZE = 16 if ON_GPU else 4  # windows at a time; more: faster, as long as the memory lasts
-TOKENS_PER_STEP = 32_768 if ON_GPU else 1024  # more: a more exact gradient, and a slower step
+BATCH_SIZE = 2  # B, windows at a time; more: faster, as long as the memory lasts
+TOKENS_PER_STEP = 32_768 if FAST_GPU else 1024  # more: a more exact gradient, and a slower step
 MAX_ITERS = 100  # training steps
 LEARNING_RATE = 5e-5  # the peak from OpenAI's weights; too high: they forget; too low: it crawls
 SCRATCH_LEARNING_RATE = 6e-4  # the peak from scratch, as in GPT-3 for this size
 FINAL_LR = 0.0  # share of the peak that is left at the end; 1: it never falls
-WARMUP_ITERS = 10  # steps until the peak
+WARMUP_ITERS = 100  # steps until the peak
 BETAS = (0.9, 0.95)  # AdamW averages about 1 / (1 - beta) steps: 10 gradients, 20 squares of them
 WEIGHT_DECAY = 0.1  # pulls matrices towards zero; more: less overfitting
 GRADIENT_CLIP = 1.0  # a longer gradient is cut to this length; None: never
-COMPILE = ON_GPU  # let torch.compile make a faster program of the model; it takes a minute
-EVAL_INTERVAL = 50  # steps between two evaluations
-EVAL_ITERS = 10 if ON_GPU else 2  # batches per evaluation; more: more exact, and slower
+COMPILE = FAST_GPU  # let torch.compile make a faster program of the model; it takes a minute
+EVAL_INTERVAL = 50  # steps between two evaluations, which also save the run
+EVAL_ITERS = 10 if FAST_GPU else 2  # pieces of 4,096 tokens in an evaluation; more: more exact
+# Generation
 PROMPT = "ROMEO:"  # the text to continue
 SAMPLE_TOKENS = 200  # length of the continuation, in tokens
 TEMPERATURE = 0.8  # 0: always the most likely token; 1: the model's own probabilities
 TOP_K = 50  # draw among this many most likely tokens only; None: among all
 TOP_P = None  # draw among the most likely tokens that have this probability together; None: all
-HALF_WEIGHTS = True  # write with 16 bits per weight: faster, and precise to 2 or 3 digits
+HALF_WEIGHTS = True  # write with 16 bits per weight: faster, and precise to 3 digits
 # OpenAI's weights
 WEIGHTS_URL = "https://huggingface.co/openai-community/{}/resolve/{}/model.safetensors"
 REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # of gpt2
 WEIGHTS_SHA256 = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
+# Where the tensors are: the fastest device that is there
+if torch.cuda.is_available():
+    DEVICE = "cuda"
+elif torch.backends.mps.is_available():
+    DEVICE = "mps"  # Apple's GPU
+else:
+    DEVICE = "cpu"
 
 
 # --- 2. Data and tokenizer ------------------------------------------------------------------------
+# check(condition, message), defined at the end of this file, stops with the message unless the
+# condition holds.
+
+
 class Tokenizer:
     r"""Turns text into ids and back with GPT-2's byte-pair encoding (BPE). It knows any text.
 
     In UTF-8, a character is 1 to 4 bytes. Each of the 256 bytes is a token, so any text has ids.
-    OpenAI learned the other tokens from its text: the most frequent pair of neighbours became one
-    token everywhere, then pairs were counted again, 50,000 times (Sennrich et al. 2015, arXiv
-    1508.07909). Encoding merges in the same order. In a frequent word, each of its pairs was
-    frequent, until the word was one token. A rare word stays in several.
+    The other tokens are longer. OpenAI learned them from its text (Sennrich et al. 2015, arXiv
+    1508.07909): count all pairs of neighbours, make one token of the most frequent pair, put it
+    everywhere, and count again, 50,000 times. Three such merges, for "the thin the then":
 
-    A pattern first splits the text into words, numbers, marks and white space, and no merge crosses
-    a border. Otherwise "dog.", "dog!" and "dog?" would each use up a token. A space belongs to the
-    word after it: "It is 12." becomes "It", " is", " 12", ".".
+        the  thin  the  then            t+h 4 times, h+e 3, space+t 3, i+n 1, ...: th gets id 256
+        th·e  th·i·n  th·e  th·e·n      th+e 3, space+th 3, i+n 1, ...: the gets id 257
+        the  th·i·n  the  the·n         space+the 2, the+n 1, ...: " the" gets id 258
 
-    An example with three merges, in the order of their ids: t + h, th + e, and space + the. The id
-    of a byte is the byte: space 32, i 105, n 110. In " thin" only t + h is a merge: four tokens.
+    A frequent word ends as one token, a rare word stays in several. Encoding makes the same merges
+    in the same order. In " thin", only t+h is one, so it has four tokens. The id of a byte is the
+    byte: space 32, i 105, n 110.
 
     >>> ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" the": 258}
     >>> options = {"mergeable_ranks": ranks, "special_tokens": {}}
-    >>> tiktoken.Encoding("example", pat_str=r" ?\w+", **options).encode("the thin the")
-    [257, 32, 256, 105, 110, 258]
+    >>> tiktoken.Encoding("example", pat_str=r" ?\w+", **options).encode("the thin the then")
+    [257, 32, 256, 105, 110, 258, 258, 110]
+
+    A pattern first splits the text into words, numbers, marks and white space, and no merge crosses
+    a border. Otherwise "dog.", "dog!" and "dog?" would each use up a token. A space belongs to the
+    word after it. With GPT-2's own merges, a sentence becomes 14 tokens:
+
+        To   be  ,  or  not  to  be  :  unquestion ably  Ham  let  's  .
+        2514 307 11 393 407  284 307 25 38766      1346  4345 1616 338 13
 
     The last id, 50256, is <|endoftext|>. It separates documents; one can write it into a text."""
 
@@ -178,68 +154,26 @@ class Tokenizer:
         return self.encoding.decode(list(ids))
 
 
-def read_pieces(file, n_characters):
-    """Yield an open text in pieces. Encoded one by one, they give the ids of the whole text.
-
-    In a token of GPT-2, white space never follows a visible character: it comes first, or alone.
-    So a piece may end where white space follows a visible character. If there is no such place, it
-    ends with what was read, and a word may be cut: its ids may differ.
-
-    >>> import io
-    >>> list(read_pieces(io.StringIO("It is time to go"), n_characters=12))
-    ['It is time', ' to', ' go']
-    """
-    rest = ""
-    while more := file.read(n_characters):
-        rest += more
-        # As late as possible (.*): a visible character (\S) with a space or newline after it.
-        place = re.match(r".*\S(?=[ \n])", rest, re.DOTALL)
-        cut = place.end() if place else len(rest)
-        yield rest[:cut]
-        rest = rest[cut:]
-    yield rest
-
-
 def load_tokens(path, tokenizer):
-    """Return the ids of a UTF-8 text, (N,), uint16. They are in a file, not in memory.
+    """Return the ids of a UTF-8 text, (N,), int32. They are in a file, not in memory.
 
-    The first time, the text is encoded into PATH.gpt2.bin, a few pieces at a time. An id has two
-    bytes, enough for 65,536. Then the file is mapped: it looks like a tensor, and the system reads
-    the parts that are used. Its first 64 bytes say which version of the text it is of."""
-    check(path.stat().st_size > 0, f"{path} is empty")
-    check(str(path).isprintable(), f"rename {path}: PyTorch cannot open a file of this name")
-    key = f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns}".encode().ljust(64)
-    for kept in (Path(f"{path}.gpt2.bin"), Path(f"{path.name}.gpt2.bin")):
-        found = b""
-        if kept.exists():
-            with kept.open("rb") as file:
-                found = file.read(64)
-        if found == key or os.access(path.parent, os.W_OK):
-            break  # else: no right to write there, so the file comes here
-
-    def write(file):
-        """Write the file: the key, and the ids."""
-        file.write(key)
-        with open(path, encoding="utf-8-sig") as text:  # -sig: Windows' mark
-            pieces, cores = read_pieces(text, 1 << 18), min(os.cpu_count() or 1, 8)
-            while some := list(islice(pieces, cores)):
-                check("\0" not in "".join(some), f"{path} is not UTF-8: save it so")
-                encode = tokenizer.encoding.encode_batch
-                for ids in encode(some, num_threads=cores, allowed_special="all"):
-                    file.write(array("H", ids))  # H: two bytes each
-
-    if found != key:
+    The first time, encode_text (behind the lesson) writes them into this folder's NAME.gpt2.bin,
+    NAME being the name of the text. Then the file is mapped: it looks like a tensor, and the system
+    reads the parts that are used. So the text can be larger than the memory. An id has 4 bytes and
+    is about 3.3 characters: the file is a little larger than the text. Its first 64 bytes say of
+    which version of the text it is."""
+    check(os.access(path, os.R_OK), f"cannot read {path}")
+    version = f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns}".encode().ljust(64)
+    kept = Path(f"{path.name}.gpt2.bin")
+    found = None
+    if kept.exists():
+        with open(kept, "rb") as file:
+            found = file.read(64)
+    if found != version:
         print(f"encoding {path} into {kept}, once", flush=True)
-        own = f"{kept}.{os.getpid()}"  # another run may be writing the same
-        try:
-            write_file(own, write)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8: save it as UTF-8") from error
-        os.replace(own, kept)
-    # The key has the length of 32 ids. With shared=True, changes would go to the
-    # file: this needs the right to write it. Otherwise they go to memory: the map must fit there.
-    size, shared = kept.stat().st_size // 2, os.access(kept, os.W_OK)
-    return torch.from_file(str(kept), shared=shared, size=size, dtype=torch.uint16)[32:]
+        write_file(kept, lambda part: encode_text(path, tokenizer, version, part))
+    size = kept.stat().st_size // 4
+    return torch.from_file(str(kept), shared=True, size=size, dtype=torch.int32)[64 // 4 :]
 
 
 def split_text(tokens, train_share, max_val_tokens, block_size):
@@ -261,22 +195,43 @@ def get_batch(tokens, batch_size, block_size, device):
     ([[5, 6, 7]], [[6, 7, 8]])
 
     One window gives T examples: 5 -> 6 and 5 6 -> 7 and 5 6 7 -> 8. x and y are (B, T), int64."""
+    check(len(tokens) > block_size, f"{len(tokens)} tokens: a window and its targets need more")
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1))  # from 0 to N - T - 1
     # (B, 1) + (T + 1,) -> (B, T + 1): each start + 0, 1, ..., T. Indexing picks the tokens there.
-    windows = tokens[starts + torch.arange(block_size + 1)].to(device, torch.int64)
+    windows = tokens[starts + torch.arange(block_size + 1)].long().to(device)
     return windows[:, :-1], windows[:, 1:]
 
 
 # --- 3. Model -------------------------------------------------------------------------------------
-# token ids (B, T)
-#   -> LM: each token becomes a vector of C numbers; the vector of its position is added
-#   -> Block, N_LAYERS times:
-#        MultiHead    attention: each position collects what it needs from earlier positions
-#        FeedForward  each position computes with what it has, on its own
-#   -> LM: one number for each possible next token: the logits (B, T, V)
-# Softmax turns logits into probabilities: p_i = exp(logit_i) / (sum of exp(logit_j) over all j).
-# The logits 2, 1, 0 become 0.67, 0.24, 0.09: all positive, with sum 1. Adding the same number to
-# all logits changes nothing. Attention uses softmax too, to make the weights of an average.
+# The bricks, all from PyTorch:
+# - A layer, nn.Linear(n, m), turns a vector x of n numbers into one of m numbers: y = x W + b. The
+#   matrix W (n × m numbers) and the bias b (m numbers) are parameters: they start random, and
+#   training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1), and b = (10, 20):
+#   y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22).
+# - nn.Embedding(n, m) is a table of n rows with m numbers each. They are parameters, too. For the
+#   number i, it returns row i.
+# - A module is an object that holds layers and other modules. The classes below are modules. One
+#   calls a module like a function: module(x) runs its method `forward`.
+# - Softmax turns numbers into probabilities: p_i = exp(x_i) / (sum of exp(x_j) over all j). The
+#   numbers 2, 1, 0 become 0.67, 0.24, 0.09: all positive, with sum 1. Adding the same number to all
+#   of them changes nothing. Numbers that will go into a softmax are called logits, or scores.
+#
+# The whole model, from top to bottom, with the parameters of GPT-2: V = 50,257, C = 768, 12 blocks.
+# A * marks parameters, and how many there are.
+#
+#   token ids (B, T)
+#   LM * token_embedding, 50,257 × 768                                          38,597,376
+#      * position_embedding, 1,024 × 768                                           786,432
+#   Block, 12 times 7,087,872:                                                  85,054,464
+#      * MultiHead, 768 × 2,304 + 2,304 and 768 × 768 + 768           2,362,368
+#      * FeedForward, 768 × 3,072 + 3,072 and 3,072 × 768 + 768       4,722,432
+#      * LayerNorm, twice 768 + 768                                       3,072
+#   LM * ln_f, 768 + 768                                                             1,536
+#        lm_head: the numbers of token_embedding once more (see tie_weights)             0
+#   logits (B, T, V)
+#
+# These are 124,439,808. From scratch on a CPU, the table of positions has WINDOW = 256 rows, and
+# the model has 123,849,984.
 
 
 class Head(nn.Module):
@@ -293,40 +248,62 @@ class Head(nn.Module):
         q=0      0     0  -inf    0.50  0.50  0         15     both keys fit a query of 0 equally
         q=2      4     0     2   0.867 0.016 0.117      12.5   mostly the first: its key fits best
 
-    >>> q, k, v = torch.tensor([[1.0, 0, 2], [2, 0, 1], [10, 20, 30]]).view(3, 1, 1, 3, 1)
+    >>> q = torch.tensor([1.0, 0, 2]).view(1, 1, 3, 1)  # B, H, T, hs = 1, 1, 3, 1
+    >>> k = torch.tensor([2.0, 0, 1]).view(1, 1, 3, 1)
+    >>> v = torch.tensor([10.0, 20, 30]).view(1, 1, 3, 1)
     >>> [round(result, 1) for result in Head()(q, k, v).flatten().tolist()]
     [10.0, 15.0, 12.5]
     """  # From Vaswani et al. 2017, equation 1.
 
     def forward(self, q, k, v):
-        """Attend. q and the result are (B, H, T, hs). Without a Cache, k and v are too.
+        """Attend. q and the result are (B, H, T, hs), k and v are (B, H, S, hs).
 
-        With a Cache that has earlier tokens, q is of the newest, k and v are of all S tokens."""
+        S = T, or with a Cache the T new tokens and those before them."""
         # This function computes what char_gpt.py writes out: scores / √hs, mask, softmax, average.
-        # An average is one running sum, of exp(score) · v, divided by another, of exp(score). So it
-        # works in small squares of the scores, and never stores all T x T of them (Dao et al. 2022,
-        # arXiv 2205.14135). is_causal adds the mask. A single new token may see all: no mask.
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
+        # It never stores all T · S scores (Dao et al. 2022, arXiv 2205.14135). It takes a few keys
+        # at a time, and keeps two sums for each query. For the query 2 of the table above:
+        #
+        #     score    exp(score)    sum of exp · v    sum of exp    result, their quotient
+        #       4         54.6            546.0            54.6         10.0
+        #       0          1.0            566.0            55.6         10.2
+        #       2          7.4            787.7            63.0         12.5
+        T, S = q.shape[-2], k.shape[-2]
+        if T == 1 or T == S:  # a single new token may see all: no mask
+            return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        # New token t has S - T earlier ones in front of it. For T = 2 and S = 4, the rows of the
+        # mask are [1 1 1 0] and [1 1 1 1]: 1 may be seen.
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Cache:
-    """The keys and values of one block for all tokens so far.
+    """The keys and values of one block for all tokens so far (a KV cache).
 
-    In every block, the mask lets a position see itself and earlier ones only. So its key and value
-    do not change when a token is added. (Its query was needed once, for its own result.) Without
-    them, each new token would send the whole text through the model again: token 1,000 would take
-    1,000 times the work. There is room for `block_size` tokens from the start: a tensor cannot
-    grow, it would be copied for each token."""
+    The mask lets a position see itself and earlier ones only. So its key and value do not change
+    when a token is added. Its query was needed once, for its own result. For three tokens:
+
+        new token    computed    kept before    scores               result: average of
+        1            q1 k1 v1    -              q1·k1                v1
+        2            q2 k2 v2    k1 v1          q2·k1 q2·k2          v1 v2
+        3            q3 k3 v3    k1 v1 k2 v2    q3·k1 q3·k2 q3·k3    v1 v2 v3
+
+    Without a cache, token 3 would need k1, v1, k2 and v2 again, and all layers for tokens 1 and 2.
+    @CACHE@
+    There is room for `block_size` tokens from the start: a tensor cannot grow, it would be copied
+    for each token."""
 
     def __init__(self, block_size):
-        self.block_size, self.length = block_size, 0  # length: how many tokens are in it
+        self.block_size = block_size
+        self.length = 0  # how many tokens are in it
 
     def append(self, k, v):
         """Add those of T new tokens, (B, H, T, hs). Return those of all S, (B, H, S, hs)."""
         if self.length == 0:
             B, H, _, hs = k.shape
-            self.k, self.v = (k.new_empty(B, H, self.block_size, hs) for _ in "kv")
-        start, self.length = self.length, self.length + k.shape[2]
+            self.k = k.new_empty(B, H, self.block_size, hs)
+            self.v = v.new_empty(B, H, self.block_size, hs)
+        start = self.length
+        self.length += k.shape[2]
         self.k[:, :, start : self.length] = k
         self.v[:, :, start : self.length] = v
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
@@ -342,8 +319,8 @@ class MultiHead(nn.Module):
         super().__init__()
         check(n_embed % n_heads == 0, f"N_HEADS = {n_heads} does not divide N_EMBED = {n_embed}")
         self.n_heads = n_heads
-        # Three layers in one matrix. GPT-2 has biases. Softmax ignores k's, since q · (k + b) =
-        # q · k + q · b adds the same to a row. Weights sum to 1, so projection's could do v's.
+        # Three layers in one matrix: x W + b gives q, k and v of all heads, 3 C numbers. Newer
+        # models have no b here (measured: see "Try this").
         self.qkv = nn.Linear(n_embed, 3 * n_embed, bias=qkv_bias)
         self.head = Head()
         self.projection = nn.Linear(n_embed, n_embed)
@@ -358,15 +335,16 @@ class MultiHead(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, T, hs) -> (B, H, S, hs)
         out = self.head(q, k, v).transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        # So far each head has its own channels. The projection mixes them: (B,T,C) @ (C,C)
+        # So far each head has its own channels. The projection mixes them: (B, T, C) @ (C, C)
         return self.dropout(self.projection(out))
 
 
 class FeedForward(nn.Module):
     """Two layers for each position on its own. Between them are 4 C numbers (also section 3.3).
 
-    Attention only averages; here the model computes. In training, dropout sets a random part of the
-    numbers to 0, so that the model cannot rely on single ones: less overfitting."""
+    Attention averages what there is; this computes something new from it. In training, dropout sets
+    a random part of the numbers to 0, so that the model cannot rely on single ones: less
+    overfitting."""
 
     def __init__(self, n_embed, dropout):
         super().__init__()
@@ -376,9 +354,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """Transform each position: (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
-        # gelu(x) = x · P(normal number < x), a smooth relu: 3.00 for 3, 0.84 for 1, -0.16 for -1.
-        # Below 0, relu has gradient 0 and cannot learn, gelu can (Hendrycks and Gimpel 2016, arXiv
-        # 1606.08415). GPT-2 computes P approximately, by tanh.
+        # gelu(x) = x · P(normal number < x): 3.00 for 3, 0.84 for 1, -0.16 for -1, -0.00 for -3. It
+        # is relu with a smooth bend (Hendrycks and Gimpel 2016, arXiv 1606.08415). OpenAI's weights
+        # were trained with it, with P computed approximately, by tanh.
         return self.dropout(self.shrink(F.gelu(self.expand(x), approximate="tanh")))
 
 
@@ -387,9 +365,13 @@ class Block(nn.Module):
 
     These sums are residual connections (He et al. 2015, arXiv 1512.03385). The derivative of
     x + f(x) is 1 + f'(x). The chain rule multiplies the derivatives of all blocks: thanks to the 1,
-    the gradient reaches the first block; small f' alone would make it vanish. LayerNorm gives the C
-    numbers of each position mean 0 and standard deviation 1: a steady size, however large the sum
-    has grown. As a part of f, it leaves the 1 as it is (Xiong et al. 2020, arXiv 2002.04745)."""
+    the gradient reaches the first block. Products of small f' alone would make it vanish.
+
+    LayerNorm shifts and scales the C numbers of each position to mean 0 and standard deviation 1.
+    Then it multiplies each channel by a learned number, and adds a learned one. So attention and
+    feed-forward get numbers of a steady size, however large the sum x has grown. LayerNorm is
+    applied inside f, not to the sum, so the derivative keeps its 1 (Xiong et al. 2020, arXiv
+    2002.04745)."""
 
     def __init__(self, n_embed, n_heads, dropout, qkv_bias):
         super().__init__()
@@ -412,26 +394,26 @@ class LM(nn.Module):
     def __init__(self, vocab_size, block_size, n_embed, n_heads, n_layers, dropout, qkv_bias=True):
         super().__init__()
         self.config = dict(vocab_size=vocab_size, block_size=block_size, n_embed=n_embed,
-                           n_heads=n_heads, n_layers=n_layers, dropout=dropout)  # fmt: skip
-        self.config["qkv_bias"] = qkv_bias
-        self.init = "scratch"  # where the weights began; load_pretrained changes it
+                           n_heads=n_heads, n_layers=n_layers, dropout=dropout,
+                           qkv_bias=qkv_bias)  # fmt: skip
         self.block_size = block_size
-        self.token_embedding = nn.Embedding(vocab_size, n_embed)  # a table: one row per token
+        self.token_embedding = nn.Embedding(vocab_size, n_embed)  # one row per token
         self.position_embedding = nn.Embedding(block_size, n_embed)  # one row per position
         self.dropout = nn.Dropout(dropout)
-        sizes = n_embed, n_heads, dropout, qkv_bias
-        self.blocks = nn.Sequential(*(Block(*sizes) for _ in range(n_layers)))
+        blocks = [Block(n_embed, n_heads, dropout, qkv_bias) for _ in range(n_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = nn.Linear(n_embed, vocab_size, bias=False)  # no bias, as in GPT-2
         self.tie_weights()
         # Small parameters make small logits, so nearly equal probabilities: the loss starts just
         # above ln V, as the small differences are random. Each block adds two results to its input.
-        # A sum of n results of random sign is about √n times as large as one; n is 2 · n_layers. So
-        # the matrices that make them start smaller by this factor.
+        # A sum of n results of random sign is about √n times as large as one of them. Here n is
+        # 2 · n_layers. The layer that makes a result starts smaller by √n: the sum does not grow.
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # 0.02 and the square root: Radford et al. 2018 and 2019
-                is_last = name.endswith(("projection.weight", "shrink.weight"))
-                nn.init.normal_(p, std=0.02 / (2 * n_layers) ** 0.5 if is_last else 0.02)
+            if name.endswith(("projection.weight", "shrink.weight")):
+                nn.init.normal_(p, std=0.02 / (2 * n_layers) ** 0.5)  # Radford et al. 2019
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)  # 0.02: Radford et al. 2018
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -447,22 +429,24 @@ class LM(nn.Module):
     def forward(self, idx, targets=None, caches=None):
         """Return the logits (B, T, V) for idx (B, T), and the loss for targets (B, T), or None.
 
-        `caches` has one for each block. If they are empty, idx is all tokens kept so far, otherwise
-        one new token. With caches, only the last position gets logits, (B, 1, V): it predicts.
+        `caches` has one Cache for each block; idx are the tokens that are not in them yet. With
+        caches, only the last position gets logits, (B, 1, V): the others predict known tokens.
         The loss is the mean of -ln(softmax(logits)[target]) in nats; it skips targets of -100."""
         past = caches[0].length if caches else 0
         end = past + idx.shape[1]
-        check(past < end <= self.block_size, f"T must be 1 to block_size = {self.block_size}")
+        T = self.block_size
+        check(past < end <= T, f"{end} tokens: the model can see 1 to block_size = {T}")
         # autocast: products in bfloat16 (8 bits of precision, not 24), twice as fast in hardware.
-        # autocast converts the weights in each call: for one token, that costs more than it saves.
+        # It converts the weights in each call. For a single token, that takes longer than it saves.
         enabled = has_bfloat16(idx.device) and not caches
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=enabled):
-            # An average does not depend on the order of its terms: without positions, block 1 would
-            # give c the same result in a b c and b a c. (B, T, C) + (T, C) -> (B, T, C)
+            # An average does not depend on the order of its terms: attention alone would make the
+            # same of "ab" and "ba" in front of a token. So each position adds a vector of its own.
+            # (B, T, C) + (T, C) -> (B, T, C)
             x = self.token_embedding(idx) + self.position_embedding.weight[past:end]
             x = self.dropout(x)
-            for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-                x = block(x, cache)
+            for i, block in enumerate(self.blocks):
+                x = block(x, caches[i] if caches else None)
             x = self.ln_f(x[:, -1:] if caches else x)
             logits = self.lm_head(x).float()  # (B, T, C) @ (C, V) -> (B, T, V)
         # cross_entropy contains the softmax. It takes (B·T, V) and (B·T,).
@@ -475,85 +459,99 @@ def openai_name(name):
 
     >>> openai_name("blocks.3.feed_forward.shrink.weight")
     'h.3.mlp.c_proj.weight'
-    """
-    for ours, theirs in (
-        ("token_embedding", "wte"), ("position_embedding", "wpe"), ("blocks", "h"), ("ln1", "ln_1"),
-        ("attention.qkv", "attn.c_attn"), ("attention.projection", "attn.c_proj"), ("ln2", "ln_2"),
-        ("feed_forward.expand", "mlp.c_fc"), ("feed_forward.shrink", "mlp.c_proj"),
-    ):  # fmt: skip
+
+    So a run can go into Hugging Face's transformers, if it has QKV_BIAS (a test runs these lines):
+
+        run, model, tokenizer = gpt2.load_run("gpt2-1.pt", "cpu")
+        sizes = {"n_embd": model.config["n_embed"], "n_layer": model.config["n_layers"]}
+        sizes |= {"n_head": model.config["n_heads"], "n_positions": model.config["block_size"]}
+        config = transformers.GPT2Config(vocab_size=model.config["vocab_size"], **sizes)
+        theirs = transformers.GPT2LMHeadModel(config).eval()
+        weights = {gpt2.openai_name(name): p for name, p in model.named_parameters()}
+        turned = {n: p.T if gpt2.is_turned(n, p) else p for n, p in weights.items()}
+        theirs.transformer.load_state_dict(turned)"""
+    pairs = {
+        "token_embedding": "wte",
+        "position_embedding": "wpe",
+        "blocks": "h",
+        "ln1": "ln_1",
+        "ln2": "ln_2",
+        "attention.qkv": "attn.c_attn",
+        "attention.projection": "attn.c_proj",
+        "feed_forward.expand": "mlp.c_fc",
+        "feed_forward.shrink": "mlp.c_proj",
+    }
+    for ours, theirs in pairs.items():
         name = name.replace(ours, theirs)
     return name
+
+
+def is_turned(name, tensor):
+    """Return whether OpenAI has the transpose of what nn.Linear has, by OpenAI's name.
+
+    OpenAI stored W of x W. nn.Linear stores its transpose. The blocks have such matrices, c_*."""
+    return ".c_" in name and tensor.dim() == 2
 
 
 def load_pretrained(path, **sizes):
     """Return an LM with OpenAI's weights. `sizes` are the arguments of LM, as in its config.
 
-    OpenAI computed x @ W, nn.Linear computes x @ Wᵀ: the matrices of the blocks are transposed. A
-    safetensors file is 8 bytes with the length of its header, the header (JSON: {name: type, shape,
-    place}), and the numbers. It is mapped, see load_tokens. Nothing in it can run.
-
     UserError: the file is damaged, or of another model."""
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, size)))
-        data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length :]
-        with torch.device("meta"):  # shapes without memory: the numbers of the file replace them
-            model = LM(**sizes)
-        ours, weights = {openai_name(name): name for name in model.state_dict()}, {}
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            name = name.removeprefix("transformer.")
-            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the mask: no parameter
-                check(name in ours, f"{name:.50} is of another model")
-                check(entry["dtype"] == "F32", f"{name} has the type {entry['dtype']}")
-                begin, end = entry["data_offsets"]
-                # view: 4 bytes are one float32. It must begin at a multiple of 4: so clone.
-                part = data[begin:end].clone().view(torch.float32).view(entry["shape"])
-                check(part.sum().isfinite(), f"{name} is not finite")
-                is_turned = ".c_" in name and part.dim() == 2  # c_: the matrices of the blocks
-                weights[ours[name]] = part.t().contiguous() if is_turned else part
-        weights["lm_head.weight"] = weights["token_embedding.weight"]
-        model.load_state_dict(weights, assign=True)
-        model.tie_weights()  # assign=True put two new parameters in the place of one
-        model.init = "pretrained"
-        return model
-    except Exception as error:  # a file from a stranger can be wrong in any way
-        raise UserError(f"{path} does not fit: {error!r:.150}; MODEL, {sizes}") from error
+    model = LM(**sizes)
+    missing = {openai_name(name): p for name, p in model.named_parameters()}
+    for name, tensor in read_safetensors(path):
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+            continue  # the mask, and the embedding once more: no parameters
+        check(name in missing, f"{path} has {name}, this model has not: MODEL, QKV_BIAS, {sizes}")
+        p = missing.pop(name)
+        tensor = tensor.T if is_turned(name, tensor) else tensor
+        check(tensor.shape == p.shape, f"{path}: {name} does not fit: MODEL, VOCAB_SIZE, {sizes}")
+        p.data.copy_(tensor)  # numbers of 16 bits become float32
+    check(not missing, f"{path} lacks {', '.join(missing):.99}: is it one of several parts?")
+    return model
 
 
 # --- 4. Training ----------------------------------------------------------------------------------
-@torch.no_grad()  # gradients would take time and memory
+@torch.no_grad()  # do not remember how results were computed: it takes time and memory
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
     """Return {"loss": nats per token}, the mean over all tokens (N,) but the first.
 
-    With `eval_iters`, at most that many batches are used, evenly spread: no randomness."""
+    The tokens are cut into windows side by side, so each is a target once. With `eval_iters`, at
+    most that many batches are used, evenly spread. No random number is drawn."""
     model.eval()  # switches dropout off: the whole model is measured
-    T, device = model.block_size, next(model.parameters()).device
-    chosen = torch.arange(-(-(len(tokens) - 1) // T))  # numbers of windows; rounded up
-    if eval_iters is not None and len(chosen) > eval_iters * batch_size:
-        chosen = chosen[torch.linspace(0, len(chosen) - 1, eval_iters * batch_size).long()]
+    T = model.block_size
+    device = next(model.parameters()).device
+    n_windows = (len(tokens) + T - 2) // T  # N - 1 targets, T to a window, rounded up
+    n_used = n_windows if eval_iters is None else min(n_windows, eval_iters * batch_size)
+    starts = torch.tensor([i * n_windows // n_used * T for i in range(n_used)])
     total, count = 0.0, 0
-    for windows in chosen.split(batch_size):
-        places = windows[:, None] * T + torch.arange(T + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
-        ids = tokens[places.clamp(max=len(tokens) - 1)].to(device, torch.int64)
-        targets = ids.masked_fill((places >= len(tokens)).to(device), -100)[:, 1:]  # after the end
+    for some in starts.split(batch_size):
+        places = some[:, None] + torch.arange(T + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
+        ids = tokens[places.clamp(max=len(tokens) - 1)].long()
+        # The last window may reach beyond the end. There are no targets: -100 is not counted.
+        targets = ids.masked_fill(places >= len(tokens), -100)[:, 1:]
+        _, loss = model(ids[:, :-1].to(device), targets.to(device))
         n = (targets != -100).sum().item()
-        total, count = total + model(ids[:, :-1], targets)[1].item() * n, count + n
+        total += loss.item() * n  # the loss is a mean of n tokens
+        count += n
     return {"loss": total / count}
 
 
 def make_optimizers(model):
-    """Return [AdamW]: the rule that turns gradients into changes of the parameters.
+    """Return a list of optimizers, the rules that turn gradients into changes of the parameters.
 
-    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) averages the gradients g of a parameter,
-    and their squares, and moves it by -rate · mean(g) / √mean(g²): tiny gradients move it as far as
-    large ones. It shrinks matrices (WEIGHT_DECAY) against overfitting."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    decay = {"params": matrices, "weight_decay": WEIGHT_DECAY}
-    no_decay = {"params": others, "weight_decay": 0.0}
+    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) averages the recent gradients g of a
+    parameter, and their squares, and moves it by -rate · mean(g) / √mean(g²). If g is always 0.001,
+    the quotient is 0.001 / 0.001 = 1. If g is always 100, it is 1 as well: small gradients move a
+    parameter as far as large ones. If g is 1 and -1 in turn, mean(g) is about 0, and it stays.
+
+    WEIGHT_DECAY also makes matrices a little smaller in each step. A small matrix turns a small
+    difference of two inputs into a small difference of its results. To know single sentences by
+    heart takes large ones."""
+    params = list(model.parameters())
+    decay = {"params": [p for p in params if p.dim() == 2], "weight_decay": WEIGHT_DECAY}
+    no_decay = {"params": [p for p in params if p.dim() != 2], "weight_decay": 0.0}
     return [torch.optim.AdamW([decay, no_decay], betas=BETAS, fused=True)]
 
 
@@ -561,10 +559,45 @@ def get_lr(step, max_iters, peak):
     """Return the learning rate of a step: a line up to the peak, then one down to FINAL_LR · peak.
 
     It rises because the optimizers' first averages cover few gradients, and are noisy. It falls
-    because with large steps the parameters keep jumping around the minimum; small ones settle."""
+    because with large steps the parameters keep jumping around the minimum; small ones settle.
+    With 100 steps and a peak of 1, the rates of steps 0, 9, 10 and 99 are:
+
+    >>> [round(get_lr(step, 100, 1.0), 3) for step in (0, 9, 10, 99)]
+    [0.1, 1.0, 0.989, 0.011]
+
+    More steps make a longer line: a run that is resumed with more begins at a higher rate again."""
     warmup = max(1, min(WARMUP_ITERS, max_iters // 10))  # a short run has no time for more
-    left = (max_iters - step) / (max_iters - warmup + 1)  # from 1, at the peak, towards 0
-    return peak * min((step + 1) / warmup, FINAL_LR + (1 - FINAL_LR) * left)
+    if step < warmup:
+        return peak * ((step + 1) / warmup)
+    left = (max_iters - step) / (max_iters - warmup + 1)  # just below 1 at first, near 0 at the end
+    return peak * (FINAL_LR + (1 - FINAL_LR) * left)
+
+
+def join_processes(device):
+    """Join the processes that torchrun has started, if any. Return the device of this one.
+
+    `torchrun --nproc_per_node=2 gpt2.py` starts the script twice, and tells each process the number
+    of processes and its own, RANK. Each one has the whole model, and takes every second window of a
+    step. Before the step, they exchange one thing: the gradients, which each replaces by their mean
+    (all_reduce). As all begin with the same weights and make the same step, the weights stay equal.
+    Only rank 0 prints, evaluates and writes files; meanwhile the others wait."""
+    if N_RANKS == 1:
+        return device
+    if device.type == "cuda":  # each process has a GPU of its own
+        n_here = int(os.environ["LOCAL_WORLD_SIZE"])
+        n_gpus = torch.cuda.device_count()
+        check(n_here <= n_gpus, f"{n_here} processes, but {n_gpus} GPUs for them")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"  # the library that they talk by
+    dist.init_process_group(backend, timeout=timedelta(days=1))
+    return device
+
+
+def average(tensor):
+    """Replace a tensor by its mean over all processes."""
+    dist.all_reduce(tensor)  # now each has the sum
+    tensor /= N_RANKS
 
 
 def train_step(model, optimizers, x, y, lr):
@@ -573,19 +606,21 @@ def train_step(model, optimizers, x, y, lr):
     The plainest rule, with one parameter w = 2, loss w², gradient 2w = 4 and rate 0.1: w becomes
     2 - 0.1 · 4 = 1.6, and the loss falls from 4 to 2.56.
 
-    x, y are this process's part of a step. The gradient of a sum is the sum of the gradients. So
-    those of one batch after another are added: the same step. `backward` needs the results of
-    every layer, so they stay in memory until then, but now those of one batch only."""
+    @ACCUMULATION@"""
     model.train()  # switches dropout on
-    total, batches = 0.0, list(zip(x.split(BATCH_SIZE), y.split(BATCH_SIZE), strict=True))
-    for i, (xs, ys) in enumerate(batches):
-        # Processes average (see parallelize) at the last batch: it takes time. no_sync: not yet.
-        wait = N_RANKS > 1 and i < len(batches) - 1
-        with model.no_sync() if wait else contextlib.nullcontext():
-            loss = model(xs, ys)[1] * (len(xs) / len(x))  # its share of the mean of all windows
-            loss.backward()  # computes the gradient, and adds it to that of the batches before
-        total += loss.detach()
-    nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP or math.inf)  # limits its size
+    total = 0.0
+    for xs, ys in zip(x.split(BATCH_SIZE), y.split(BATCH_SIZE), strict=True):
+        _, loss = model(xs, ys)
+        loss = loss * (len(xs) / len(x))  # the share of these windows in the mean of all
+        # PyTorch remembers how the loss was computed from the parameters, operation by operation.
+        # So backward can go back from the loss, and find d loss / d parameter for every parameter.
+        loss.backward()  # adds them to those of the batches before
+        total += loss.detach()  # the number alone, without what is remembered
+    if N_RANKS > 1:
+        for tensor in [total, *(p.grad for p in model.parameters() if p.grad is not None)]:
+            average(tensor)
+    if GRADIENT_CLIP is not None:  # AdamW's averages know a sudden long gradient too late
+        nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -594,73 +629,45 @@ def train_step(model, optimizers, x, y, lr):
     return total
 
 
-def parallelize(model):
-    """Return the model as train_step calls it: compiled if COMPILE, and joined to its copies.
+def train(model, tokenizer, optimizers, splits, run):
+    """Train up to step run["max_iters"]. Evaluate and save at every EVAL_INTERVAL steps.
 
-    Each process has a copy of the model, and its own share of the windows. DistributedDataParallel
-    averages their gradients in `backward`. From one seed or file, with equal steps, the copies
-    stay equal. What is returned shares its parameters with `model`: a step changes both."""
-    parallel = model
-    if COMPILE:
-        try:
-            parallel = torch.compile(model).train()
-            n = min(BATCH_SIZE, TOKENS_PER_STEP // WINDOW // N_RANKS)
-            x = model.lm_head.weight.new_zeros(n, WINDOW + 1, dtype=torch.int64)
-            # It compiles at this first call: a failure shows here. Slices, as in get_batch.
-            parallel(x[:, :-1], x[:, 1:])[1].backward()
-        except Exception as error:  # no compiler, no triton, an old GPU
-            print(f"COMPILE = True does not work here, going on without it: {error!r:.100}")
-            parallel = model
-        model.zero_grad()  # forget the gradients of this trial
-    return nn.parallel.DistributedDataParallel(parallel) if N_RANKS > 1 else parallel
-
-
-def train(model, tokenizer, splits, flags, text_id):
-    """Train. Every EVAL_INTERVAL steps, print the losses of both `splits` and a sample, and save.
-
-    --resume goes on; with the same --max-iters, to the same end, bit for bit. Then the model
-    has the best of its saved parameters, by validation loss. Return {"steps", "seconds", ...}."""
-    optimizers, device = make_optimizers(model), next(model.parameters()).device
-    step, history = load_training_state(optimizers, text_id) if flags.resume else (0, {})
-    check(step < flags.max_iters, f"{step:,} steps are done: raise --max-iters to go on")
-    parallel = parallelize(model)
-    first_step, stop, speed, start = step, [], 0.0, time.perf_counter()
-    peak = LEARNING_RATE if model.init == "pretrained" else SCRATCH_LEARNING_RATE
-    # A fresh run that is stopped early must not replace what an earlier run saved.
-    first_save = step + 1 if flags.resume else min(EVAL_INTERVAL, flags.max_iters)
-
-    def on_ctrl_c(signum, frame):  # lets the step end, puts back what interrupts at once
-        stop.append(signum)
-        signal.signal(signal.SIGINT, previous)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()  # only it gets signals
-    in_main_thread &= N_RANKS == 1  # several processes are stopped by torchrun
-    previous = signal.signal(signal.SIGINT, on_ctrl_c) if in_main_thread else None
+    The file of the run has the last parameters, and the best ones by validation loss. (Since that
+    text chooses them, its loss flatters them a little.) UserError: a loss is not finite."""
+    device = next(model.parameters()).device
+    peak = LEARNING_RATE if run["init"] == "pretrained" else SCRATCH_LEARNING_RATE
+    compiled = compile_model(model) if COMPILE else model  # the same parameters, faster steps
+    start = time.perf_counter() - run["seconds"]  # as if earlier parts had just ended
     try:
-        while True:
-            done = stop or step >= flags.max_iters
-            if RANK == 0 and (done or step % EVAL_INTERVAL == 0 or not history):
-                history[step] = evaluate(model, tokenizer, splits, flags.prompt, step)
-                if step >= first_save:
-                    save_run(model, tokenizer, optimizers, history, text_id, start)
-            if done:
+        for step in range(run["step"], run["max_iters"] + 1):
+            is_due = step % EVAL_INTERVAL == 0 or step == run["max_iters"]
+            if is_due and step not in run["history"] and RANK == 0:
+                run["history"][step] = evaluate(model, tokenizer, splits, run["prompt"], step)
+                if step > run["step"]:  # not at the beginning: nothing is learned yet
+                    save_step(run, step, model, optimizers, time.perf_counter() - start)
+            if step == run["max_iters"]:
                 break
-            torch.manual_seed(flags.seed * 1_000_000 + step)  # same step, same random numbers
+            torch.manual_seed(run["seed"] * 1_000_000 + step)  # same step, same random numbers
             x, y = get_batch(splits["train"], TOKENS_PER_STEP // WINDOW, WINDOW, device)
-            x, y = x[RANK::N_RANKS], y[RANK::N_RANKS]  # all drew the same; each takes its own share
-            loss = train_step(parallel, optimizers, x, y, get_lr(step, flags.max_iters, peak))
-            step += 1
-            speed = (step - first_step) * TOKENS_PER_STEP / (time.perf_counter() - start)
-            show_progress(step, loss, speed, (flags.max_iters - step) * TOKENS_PER_STEP)
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, previous)
-    if step >= first_save:
-        if RANK == 0:
-            model.load_state_dict(load_checkpoint(f"{NAME}.pt", device)[0].state_dict())
-    else:
-        print("stopped before the first save: no file was written, the sample is of this model")
-    return {"steps": step, "seconds": time.perf_counter() - start, "tokens_per_second": speed}
+            if N_RANKS > 1:  # all have drawn the same windows: each takes its own share
+                x, y = x[RANK::N_RANKS], y[RANK::N_RANKS]
+                seeds = torch.randint(2**32, (N_RANKS,))
+                torch.manual_seed(seeds[RANK].item())  # for dropout: each draws its own numbers
+            loss = train_step(compiled, optimizers, x, y, get_lr(step, run["max_iters"], peak))
+            show_progress(run, step, loss, time.perf_counter() - start)
+    except KeyboardInterrupt:  # Ctrl-C: main goes on with what was saved last
+        if run["path"] is None or N_RANKS > 1:
+            raise
+        print(f"\nstopped at step {step}: going on with what is in {run['path']}", flush=True)
+
+
+def bits_per_character(loss, tokens, tokenizer):
+    """Return a loss (nats per token) in bits per character, which compare between tokenizers.
+
+    A bit is ln 2 = 0.69 nats. With 100 tokens of 330 characters and a loss of 4.6 nats, the text
+    costs 460 nats = 664 bits: 2.0 bits per character. (The first token is never predicted.)"""
+    n_characters = len(tokenizer.decode(tokens[1:].tolist()))
+    return loss * (len(tokens) - 1) / math.log(2) / n_characters
 
 
 # --- 5. Generation --------------------------------------------------------------------------------
@@ -681,13 +688,19 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     >>> next_token_probabilities(three, top_k=2), next_token_probabilities(three, top_p=0.4)
     (tensor([0.6250, 0.3750, 0.0000]), tensor([1., 0., 0.]))
     """
-    V, logits = len(logits), logits.float().cpu()  # on the CPU: on Apple's mps, draws were invalid
+    check(temperature >= 0, f"TEMPERATURE = {temperature} must be 0 or more")
+    V = len(logits)
+    logits = logits.float().cpu()  # on Apple's mps, draws were invalid
+    if temperature == 0:
+        return F.one_hot(logits.argmax(), V).float()
     # The largest logit becomes 0 first: the result is the same, and nothing can overflow.
-    probabilities = F.softmax((logits - logits.max()) / max(temperature, 1e-9), dim=-1)
+    probabilities = F.softmax((logits - logits.max()) / temperature, dim=-1)
+    if top_k is None and top_p is None:
+        return probabilities
     kept, ids = probabilities.topk(min(top_k or V, V))  # the most likely ones, in falling order
     if top_p is not None:
-        # Drop a token if those before it reach top_p. kept[1:] is a view: kept changes.
-        kept[1:][kept.cumsum(0)[:-1] >= top_p * kept.sum()] = 0
+        before = kept.cumsum(0) - kept  # what the likelier tokens have together
+        kept = kept.masked_fill(before >= top_p * kept.sum(), 0)
     return torch.zeros(V).scatter(0, ids, kept / kept.sum())  # each back to its own place
 
 
@@ -698,57 +711,41 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     The caches keep the keys and values of the tokens so far, so only new ones go through the model.
     The table of positions has T rows, so there is none for token T + 1. Then the older half is
     dropped. The others move to positions 0, 1, ..., so their keys and values are computed again,
-    and there is room for T / 2 more. To drop one token each time would compute all each time."""
+    and there is room for T / 2 more. To drop one token each time would compute all each time.
+
+    <|endoftext|> ends a document. What comes after it would be of another one: it is the last."""
     check(len(ids) > 0, "the prompt has no token: give some text to continue")
     ids = [int(i) for i in ids][-model.block_size :]
+    device = next(model.parameters()).device
     model.eval()  # switches dropout off
-    new, caches = ids, [Cache(model.block_size) for _ in model.blocks]
+    new = ids  # the tokens that are not in the caches yet
+    caches = [Cache(model.block_size) for _ in model.blocks]
     for _ in range(max_new_tokens):
-        idx = torch.tensor([new], device=next(model.parameters()).device)
+        idx = torch.tensor([new], device=device)
         logits, _ = model(idx, caches=caches)  # (1, T) -> (1, 1, V); then T is 1
         logits[..., Tokenizer.vocab_size :] = -math.inf  # ids of a larger VOCAB_SIZE are no tokens
         probabilities = next_token_probabilities(logits[0, -1], temperature, top_k, top_p)
         ids.append(torch.multinomial(probabilities, 1).item())  # draws one id
+        yield ids[-1]
+        if ids[-1] == Tokenizer.vocab_size - 1:  # <|endoftext|>
+            return
         new = ids[-1:]
         if len(ids) > model.block_size:
-            ids = new = ids[-max(1, model.block_size // 2) :]
+            ids = ids[-max(1, model.block_size // 2) :]
+            new = ids
             caches = [Cache(model.block_size) for _ in model.blocks]
-        yield ids[-1]
 
 
 def for_generation(model):
     """Return a copy of the model that writes faster, or the model itself if there is none.
 
-    For one new token, each weight is read from memory and used in one multiplication. The reading
-    takes longer, so it sets the time. (In training, a weight once read serves many tokens.) Weights
-    of 16 bits have half the bytes. On a CPU, float16 (to 65,504, 11 bits of precision) for weights
-    only. On CUDA all numbers are bfloat16 (8 bits), with float32's range: none is too large."""
+    @HALF@"""
     device = next(model.parameters()).device
     if not HALF_WEIGHTS or device.type == "mps":
         return model
     if device.type == "cuda":
         return copy.deepcopy(model).bfloat16() if has_bfloat16(device) else model
-    if "fbgemm" not in torch.backends.quantized.supported_engines:  # a library for such weights
-        return model
-    # What this dict holds, deepcopy does not copy. halve then replaces each nn.Linear of the copy.
-    quick = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    places = [
-        (module, name, child)
-        for module in quick.modules()
-        for name, child in module.named_children()
-        if isinstance(child, nn.Linear)
-    ]
-
-    def halve(place):
-        """Replace one nn.Linear: float16 weights, sums in float32."""
-        module, name, linear = place
-        half = HalfLinear(1, 1, dtype=torch.float16)  # of any size: its weights are replaced
-        half.set_weight_bias(linear.weight.detach(), linear.bias)
-        setattr(module, name, half)
-
-    with ThreadPoolExecutor() as pool:  # it takes a second or two: all cores work
-        list(pool.map(halve, places))
-    return quick
+    return with_half_layers(model)
 
 
 def stream(tokenizer, tokens):
@@ -762,41 +759,278 @@ def stream(tokenizer, tokens):
     yield decoder.decode(b"", final=True)
 
 
-def write_sample(model, tokenizer, prompt):
-    """Print the prompt, and its continuation while it is made. Return both as one string."""
-    quick, ids, text, times = for_generation(model), tokenizer.encode(prompt), prompt, []
-    print(prompt, end="", flush=True)
-    tokens = generate(quick, ids, SAMPLE_TOKENS, TEMPERATURE, TOP_K, TOP_P)
-    for piece in stream(tokenizer, tokens):
-        times.append(time.perf_counter())
-        text += piece
-        print(piece, end="", flush=True)
-    if len(times) > 2:  # the first token needed the whole prompt; the last piece is no token
-        speed = (len(times) - 2) / (times[-1] - times[0])
-        size = sum(p.numel() for p in model.parameters()) * (4 if quick is model else 2) / 1e9
-        print(f"\n{speed:.1f} tokens/s: weights read at {speed * size:.1f} GB/s", end="")
-    print(flush=True)
-    return text
+# Try this @TRY@
 
 
-# Try this, one edit at a time, with the constants of the README's preset scratch-small, --max-iters
-# 200, and EVAL_INTERVAL = 200 (unchanged: a loss of 5.5482 in 1 min 54 s):
-# - QKV_BIAS = False: 5.5336. These biases are not needed; most newer models have none.
-# - BATCH_SIZE = 2: 5.6089. The gradients are the same sums, but dropout draws other numbers.
-# - HALF_WEIGHTS = False, with --sample: 286 tokens/s rather than 320. Large models gain more.
+# --- The lesson ends here. What follows: files, flags and errors. ---------------------------------
+# --- 6. Runs and other files ----------------------------------------------------------------------
+# A run is a dict, and the file that holds it: NAME-1.pt, the next one NAME-2.pt. It has all that is
+# needed to generate, to train further and to compare. No run overwrites the file of another one.
 
 
-# --- 6. Files. The lesson ends here: what follows are files, flags and errors. --------------------
+def find_runs():
+    """Return {number: path} of this folder's files NAME-NUMBER.pt, the newest last."""
+    found = {}
+    for path in Path().glob("*.pt"):
+        match = re.fullmatch(r"(.+)-([1-9][0-9]*)", path.stem)
+        if match and match[1] == NAME:
+            found[int(match[2])] = path
+    return dict(sorted(found.items()))
+
+
+def saved_runs():
+    """Return the paths of this folder's runs, the newest last. UserError: there is none."""
+    paths = [path for path in find_runs().values() if path.stat().st_size > 0]  # 0: a killed one
+    check(paths, f"no run here: python {NAME}.py first")
+    return paths
+
+
+def take_number():
+    """Create the next NAME-NUMBER.pt, still empty, and return its path."""
+    path = Path(f"{NAME}-{max(find_runs(), default=0) + 1}.pt")
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:  # another run was faster
+        return take_number()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    return path
+
+
+def new_run(flags, device):
+    """Return (run, model, tokenizer) at the beginning of a training."""
+    run = {
+        "script": NAME,
+        "path": None,  # it gets a file at the first save
+        "text_id": None,  # see name_text
+        "init": flags.init or INIT,
+        "seed": int(SEED if flags.seed is None else flags.seed),
+        "max_iters": int(MAX_ITERS),
+        "step": 0,  # the last one that was saved
+        "best_step": None,  # the one with the lowest validation loss
+        "history": {},  # {step: {split: {"loss": nats per token}}}
+        "val_loss": None,  # exact, of the best parameters, after training
+        "seconds": 0.0,  # of training, all parts added
+        "constants": constants(),
+    }
+    check(0 <= run["seed"] < 2**32, f"SEED = {run['seed']} must be 0 to 2**32 - 1")
+    torch.manual_seed(run["seed"])
+    tokenizer = Tokenizer()
+    sizes = model_sizes(run["init"])
+    if run["init"] == "pretrained":
+        path = find_weights()
+        print(f"OpenAI's weights: {path}")
+        model = load_pretrained(path, **sizes).to(device)
+    else:
+        model = LM(**sizes).to(device)
+    run["vocabulary"] = tokenizer.vocabulary
+    run["config"] = {name: plain(value) for name, value in model.config.items()}
+    return run, model, tokenizer
+
+
+def plain(value):
+    """Return a NumPy number as one of Python's: a run's file can hold no other."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def model_sizes(init):
+    """Return the arguments of LM: the constants, or where they are None, what MODEL has."""
+    check(init in ("pretrained", "scratch"), f"INIT = {init!r} must be 'pretrained' or 'scratch'")
+    check(MODEL in SIZES, f"MODEL = {MODEL!r} must be one of {', '.join(SIZES)}")
+    smallest = Tokenizer.vocab_size
+    check(smallest <= VOCAB_SIZE, f"VOCAB_SIZE = {VOCAB_SIZE} must be {smallest} or more")
+    n_embed, n_layers, n_heads = SIZES[MODEL]
+    return {
+        "vocab_size": VOCAB_SIZE,
+        "block_size": BLOCK_SIZE if init == "pretrained" else WINDOW,  # others are not trained
+        "n_embed": N_EMBED or n_embed,
+        "n_heads": N_HEADS or n_heads,
+        "n_layers": N_LAYERS or n_layers,
+        "dropout": DROPOUT,
+        "qkv_bias": bool(QKV_BIAS),
+    }
+
+
+def constants():
+    """Return {name: value as text} of the constants in force, and a hash of the code behind."""
+    simple = (numbers.Number, str, tuple, type(None))
+    found = {}
+    for name, value in globals().items():
+        if name.isupper() and isinstance(value, simple):
+            found[name] = str(value)
+    if os.path.isfile(globals().get("__file__", "")):  # a notebook has no __file__
+        code = Path(__file__).read_text(encoding="utf-8").partition("\n# --- 2.")[2]
+        found["code"] = sha256(code.encode()).hexdigest()
+    return found
+
+
+def differences(new, old):
+    """Return {name: value} of what has another value in `old`."""
+    return {name: value for name, value in new.items() if old.get(name) != value}
+
+
+def resume(run, model, optimizers, flags):
+    """Set up model and optimizers as they were at the last save. Say which constants differ."""
+    model.load_state_dict(run["last"])
+    if flags.seed is not None:
+        run["seed"] = flags.seed
+    if run["optimizer_names"] == [type(optimizer).__name__ for optimizer in optimizers]:
+        for optimizer, state in zip(optimizers, run["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    else:
+        print(f"the run had {run['optimizer_names']}: the averages of other optimizers start anew")
+    edited = differences(constants(), run["constants"])
+    # What the run has under the same name is kept: sizes, DROPOUT, SEED and MAX_ITERS.
+    kept = [name for name in edited if name.lower() in run | run["config"]]
+    used = {name: value for name, value in edited.items() if name not in kept}
+    if edited:
+        print(f"edited since: {', '.join(kept) or 'nothing'} (the run's values are kept)", end="; ")
+        print(f"{', '.join(used) or 'nothing'} (the script's are used from now on)")
+    run["constants"] |= used
+
+
+def name_text(run, path, tokens, cut):
+    """Say in the run which text it is of. If it was another one, the run gets a new number."""
+    start = tokens[:100_000].tolist()  # enough to know a text by; a long one takes minutes to read
+    text_id = f"{sha256(str(start).encode()).hexdigest()} {len(tokens)} {cut}"
+    if run["text_id"] not in (None, text_id):
+        print(f"{run['path']} is of another text, or another part of it: a new number")
+        run |= {"path": None, "best_step": None, "history": {}}
+    run |= {"text_id": text_id, "text": path.name}
+
+
+def save_step(run, step, model, optimizers, seconds):
+    """Write the run with what it has reached in a step."""
+    weights = model.state_dict()  # torch.compile adds a prefix
+    weights = {name.removeprefix("_orig_mod."): p for name, p in weights.items()}
+    run |= {"step": step, "seconds": seconds, "val_loss": None, "last": weights}
+    run["optimizers"] = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    run["optimizer_names"] = [type(optimizer).__name__ for optimizer in optimizers]
+    best = run["best_step"]
+    if best is None or estimate(run, step) < estimate(run, best):
+        run["best_step"] = step
+        run["best"] = copy.deepcopy(weights)
+    write_run(run)
+
+
+def estimate(run, step):
+    """Return the validation loss that was estimated at a step."""
+    return run["history"][step]["val"]["loss"]
+
+
+def write_run(run):
+    """Write a run to its file, and draw its plot. The first time, it gets a number."""
+    path = run["path"] or take_number()
+    try:
+        write_file(path, lambda part: torch.save(run | {"path": None}, part))
+    finally:
+        if path.stat().st_size == 0:  # its first save failed
+            path.unlink()
+    run["path"] = path
+    try:
+        draw_run(run)
+    except Exception as error:  # a viewer holds the picture, matplotlib is broken: go on
+        print(f"no picture of {path}: {error}")
+
+
+def read_run(path, mmap=False):
+    """Return the run of a file. With mmap, its tensors are read when they are used."""
+    run = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)  # it can run no code
+    check(run["script"] == NAME, f"it is of {run['script']}.py")
+    return run | {"path": Path(path)}
+
+
+def load_run(path, device, mmap=False):
+    """Return (run, model with its best parameters, tokenizer). UserError: no run of this script."""
+    check(os.path.isfile(path), f"there is no file {path}")
+    try:
+        run = read_run(path, mmap)
+        tokenizer = Tokenizer(run["vocabulary"])
+        model = LM(**run["config"])
+        model.load_state_dict(run["best"])
+    except Exception as error:  # a file can be damaged in any way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = reason.partition(". ")[0][:150]
+        kinds = "does not fit this script (edited since?), is of another script, or damaged"
+        raise UserError(f"{path} {kinds}: {reason}") from error
+    return run, model.to(device), tokenizer
+
+
+def summary(run):
+    """Return steps, loss and time of a run as text. Its loss is exact, or an estimate: ~1.5."""
+    loss = run["val_loss"]
+    words = f"~{estimate(run, run['best_step']):.4f}" if loss is None else f"{loss:.4f}"
+    return f"{run['step']:,} steps  {words:>7}  {run['seconds']:,.0f} s"
+
+
+def list_runs():
+    """Print a line for each run of this folder, with what differs from the first one."""
+    first = None
+    for path in saved_runs():
+        try:
+            run = read_run(path, mmap=True)
+        except Exception as error:
+            print(f"{path}  cannot be read: {error!r:.50}")
+            continue
+        first = first or run["constants"]
+        changes = differences(run["constants"], first)
+        edits = [f"{name} = {value}" for name, value in changes.items() if name != "code"]
+        if "code" in changes and "code" in first:
+            edits.append("code edited")
+        size = path.stat().st_size / 1e6
+        print(f"{path}  {run['text']}  {summary(run)}  {size:,.0f} MB  {', '.join(edits)}")
+
+
+def draw_run(run):
+    """Draw the losses of a run into a picture beside its file."""
+    if "ipykernel" not in sys.modules:  # `!python` in a notebook inherits a backend, but not
+        os.environ.pop("MPLBACKEND", None)  # the package that it is in
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for split, style in (("train", "--"), ("val", "-")):
+        losses = [entry[split]["loss"] for entry in run["history"].values()]
+        axes.plot(list(run["history"]), losses, style, label=f"{split} (estimated)")
+    axes.axhline(math.log(run["config"]["vocab_size"]), color="gray", label="uniform guess: ln V")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=summary(run))
+    axes.legend()
+    picture = run["path"].with_suffix(".png")
+    write_file(picture, lambda part: figure.savefig(part, format="png", dpi=120))
+
+
+def write_file(path, write):
+    """Let `write` fill PATH.PID.part, then move it to `path`: a kill leaves no half of a file."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
+        raise UserError(f"cannot write {path} (a full disk?): {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_leftovers(pattern):
+    """Remove files PATH.PID.part whose process was killed, where /proc knows who is alive."""
+    for part in Path().glob(pattern):
+        process = Path("/proc") / part.suffixes[-2][1:]
+        if Path("/proc/self").exists() and not process.exists():
+            part.unlink(missing_ok=True)
+
+
 def find_data(path):
     """Return the path of the text: `path`, or for None DATA (here, beside the script, fetched)."""
-    if path is None:
-        script = Path(globals().get("__file__", ""))  # a notebook has no __file__
-        places = [folder / DATA for folder in (Path(), script.parent, script.resolve().parent)]
-        path = next(filter(Path.is_file, places), DATA)
-        if path == DATA and DATA_URL.endswith(f"/{DATA}"):
-            download(DATA_URL, path, DATA_SHA256)
+    script = Path(globals().get("__file__", ""))  # a notebook has no __file__
+    for folder in (Path(), script.parent, script.resolve().parent):
+        if path is None and (folder / DATA).is_file():
+            path = folder / DATA
+    if path is None and DATA_URL.endswith(f"/{DATA}"):
+        path = Path(DATA)
+        download(DATA_URL, path, DATA_SHA256)
+    path = Path(path or DATA)
     check(os.path.isfile(path), f"there is no file {path}: name one with --data")
-    return Path(path)
+    return path
 
 
 def download(url, path, digest):
@@ -806,16 +1040,8 @@ def download(url, path, digest):
     part = Path(f"{path}.part")
     print(f"downloading {url}", flush=True)
     for pause in (1, 3, 9, 27, 0):  # seconds until the next try
-        done = part.stat().st_size if part.exists() else 0
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}
         try:
-            with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-                if response.status_code != 416 or not done:  # 416: we have all of it
-                    response.raise_for_status()
-                    # 206: only the rest comes, as asked; 200: the server sends all again.
-                    with open(part, "ab" if response.status_code == 206 else "wb") as file:
-                        for piece in islice(response.iter_content(1 << 14), 500_000):  # 8 GB
-                            file.write(piece)
+            fetch_rest(url, part)
             with open(part, "rb") as file:
                 found = file_digest(file, "sha256").hexdigest()
             if found == digest:
@@ -823,12 +1049,35 @@ def download(url, path, digest):
                 return
             part.unlink()
             reason = f"its SHA-256 is {found}, not {digest}"
-        except (OSError, ValueError) as error:  # those of requests are OSErrors without errno
-            reason, answer = error, getattr(error, "response", None)
-            if getattr(error, "errno", 1) or getattr(answer, "status_code", 0) in (401, 403, 404):
-                break  # a full disk, say; or the server will not send it at the next try either
+        except (OSError, ValueError) as error:
+            reason = error
+            if not can_pass(error):
+                break
         time.sleep(pause)
-    raise UserError(f"put {url} at {path} by hand: {reason}")
+    raise UserError(f"put {url} at {Path(path).absolute()} by hand: {reason}")
+
+
+def fetch_rest(url, part):
+    """Append to the file `part` what it still lacks of a URL. If the server cannot, fetch all."""
+    done = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}
+    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+        if response.status_code == 416 and done > 0:  # there is no rest
+            return
+        response.raise_for_status()
+        mode = "ab" if response.status_code == 206 else "wb"  # 206: the rest comes; 200: all
+        with open(part, mode) as file:
+            for piece in response.iter_content(1 << 16):
+                file.write(piece)
+
+
+def can_pass(error):
+    """Return whether a download that failed with this error may succeed at the next try."""
+    if not isinstance(error, requests.RequestException):  # a full disk, no file of certificates
+        return False
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return False
+    return getattr(error.response, "status_code", None) not in (401, 403, 404)
 
 
 def find_weights():
@@ -836,100 +1085,120 @@ def find_weights():
     path = Path(f"{MODEL}.safetensors")
     script = Path(globals().get("__file__", ""))  # a notebook has no __file__
     for folder in (Path(), script.parent, script.resolve().parent):
-        if (folder / path).exists():
+        if (folder / path).is_file():
             return folder / path
-    is_pinned = MODEL == "gpt2"  # of the larger models, the server says the digest
-    url, digest = WEIGHTS_URL.format(MODEL, REVISION if is_pinned else "main"), WEIGHTS_SHA256
-    if not is_pinned:
-        try:
-            digest = requests.head(url, timeout=30).headers["X-Linked-ETag"].strip('"')
-        except (requests.RequestException, KeyError) as error:
-            raise UserError(f"put {url} at {path} by hand: {error!r}") from error
+    if MODEL == "gpt2":
+        download(WEIGHTS_URL.format(MODEL, REVISION), path, WEIGHTS_SHA256)
+        return path
+    url = WEIGHTS_URL.format(MODEL, "main")
+    try:  # of the larger models, the server says the digest
+        digest = requests.head(url, timeout=30).headers["X-Linked-ETag"].strip('"')
+    except (OSError, KeyError) as error:
+        raise UserError(f"put {url} at {path.absolute()} by hand: {error!r}") from error
     download(url, path, digest)
     return path
 
 
-def write_file(path, write):
-    """Let `write` fill PATH.part, and move it to `path` once it is whole: a kill leaves no half."""
+def read_safetensors(path):
+    """Yield (name, tensor) of a safetensors file. Nothing in it can run.
+
+    It is 8 bytes with the length of its header, the header (JSON: {name: type, shape, place}), and
+    the numbers. UserError: it is no such file, or is cut off."""
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    others = {  # how files begin that one can take for it
+        b"version ": "a pointer of Git LFS: the file itself was not fetched",
+        b"<": "a web page",
+        b"PK": "a file of torch.save, with another name",
+        b"\x80": "a file of torch.save, with another name",
+    }
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(8)
+        for begin, kind in others.items():
+            check(not start.startswith(begin), f"{path} is {kind}. It must be a safetensors file")
+        length = int.from_bytes(start, "little")
+        check(0 < length < size, f"{path} is cut off, or no safetensors file")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                begin, end = entry["data_offsets"]
+                content = bytearray(file.read(end - begin))
+                tensor = torch.frombuffer(content, dtype=dtypes[entry["dtype"]])
+                yield name, tensor.view(entry["shape"])
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"{path} is cut off, or damaged: {error!r:.150}") from error
+
+
+def encode_text(path, tokenizer, version, part):
+    """Write into the file `part` the version (64 bytes), and the ids of a UTF-8 text."""
+    with open(path, encoding="utf-8-sig") as text, open(part, "wb") as file:  # -sig: Windows' mark
+        file.write(version)
+        try:
+            for piece in read_pieces(text, n_characters=1 << 18):
+                check("\0" not in piece, f"{path} is UTF-16, or no text: save it as UTF-8")
+                file.write(array("i", tokenizer.encode(piece)))  # i: 4 bytes
+        except UnicodeDecodeError as error:
+            place = text.buffer.tell() - len(error.object) + error.start
+            raise UserError(f"{path} is not UTF-8 at byte {place:,}: save it so") from error
+
+
+def read_pieces(file, n_characters):
+    """Yield an open text in pieces. Encoded one by one, they give the ids of the whole text.
+
+    GPT-2's pattern lets a token begin with a space, but none has a space behind a visible
+    character. So a piece may end where a space or a new line follows a visible character. If there
+    is no such place, it ends with what was read, and a word may be cut: its ids may differ.
+
+    >>> import io
+    >>> list(read_pieces(io.StringIO("It is time to go"), n_characters=12))
+    ['It is time', ' to', ' go']
+    """
+    rest = ""
+    while more := file.read(n_characters):
+        rest += more
+        # As late as possible (.*): a visible character (\\S) with a space or newline after it.
+        place = re.match(r".*\S(?=[ \n])", rest, re.DOTALL)
+        cut = place.end() if place else len(rest)
+        yield rest[:cut]
+        rest = rest[cut:]
+    yield rest
+
+
+def compile_model(model):
+    """Return the model compiled, with the same parameters, or itself where that fails."""
     try:
-        with open(f"{path}.part", "wb") as file:
-            write(file)
-        os.replace(f"{path}.part", path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
-        raise UserError(f"cannot write {path} (a full disk?): {error}") from error
-    finally:
-        Path(f"{path}.part").unlink(missing_ok=True)
+        compiled = torch.compile(model).train()
+        n = min(BATCH_SIZE, TOKENS_PER_STEP // WINDOW // N_RANKS)
+        x = torch.zeros(n, WINDOW + 1, dtype=torch.int64, device=model.lm_head.weight.device)
+        # It compiles at this first call: a failure shows here. Slices, as in get_batch.
+        _, loss = compiled(x[:, :-1], x[:, 1:])
+        loss.backward()
+    except Exception as error:  # no compiler, no triton, an old GPU
+        print(f"COMPILE = True does not work here, going on without it: {error!r:.100}")
+        compiled = model
+    model.zero_grad()  # forget the gradients of this trial
+    return compiled
 
 
-def save_checkpoint(path, model, tokenizer, **more):
-    """Save the model (its config and weights), the vocabulary, and what else is given."""
-    state = {"name": NAME, "config": model.config, "vocabulary": tokenizer.vocabulary} | more
-    state["init"] = model.init
-    write_file(path, lambda file: torch.save(state | {"weights": model.state_dict()}, file))
+def with_half_layers(model):
+    """Return a copy of a model on a CPU whose layers have float16 weights, and sum in float32."""
+    try:  # a library of PyTorch's, which may go
+        from torch.ao.nn.quantized.dynamic import Linear as HalfLinear
 
-
-def load_checkpoint(path, device):
-    """Return the (model, tokenizer) of a checkpoint. UserError: it is missing or damaged."""
-    check(os.path.exists(path), f"there is no {path} here: run `python {NAME}.py` first")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
-        config, tokenizer = state["config"], Tokenizer(state["vocabulary"])
-        check(state["name"] == NAME, f"it is of {state['name']!r:.50}")
-        check(config["n_layers"] <= len(state["weights"]), "it has too few weights")
-        check(config["vocab_size"] >= tokenizer.vocab_size, "its vocabulary has another size")
-        with torch.device("meta"):  # shapes without memory: wrong sizes cost nothing
-            model = LM(**config)
-        model.load_state_dict(state["weights"], assign=True)
-        model.tie_weights()
-        model.init = state["init"]
-        model.float().eval()(torch.zeros(1, 1, dtype=torch.int64))  # do the sizes fit?
-        check(all(p.sum().isfinite() for p in model.parameters()), "its weights are not finite")
-    except Exception as error:  # a file from a stranger can be wrong in any way
-        raise UserError(f"{path} is no checkpoint of {NAME}.py: {error!r:.60}") from error
-    return model.to(device), tokenizer
-
-
-def load_training_state(optimizers, text_id):
-    """Restore the optimizers from NAME.resume.pt. Return (steps done, history on this text)."""
-    try:
-        state = torch.load(f"{NAME}.resume.pt", map_location="cpu", weights_only=True)
-        for o, saved in zip(optimizers, state["optimizers"], strict=True):  # edited constants hold
-            o.load_state_dict(saved | {"param_groups": o.state_dict()["param_groups"]})
-            for p, averages in o.state.items():
-                check(all(x.shape in (p.shape, ()) for x in averages.values()), "wrong shape")
-        check(all(e["val"]["loss"] > 0 * n for n, e in state["history"].items()), "its history")
-        return max(state["history"]), state["history"] if state["text_id"] == text_id else {}
-    except Exception as error:  # a file from a stranger can be wrong in any way
-        raise UserError(f"{NAME}.resume.pt cannot be resumed: {error!r:.60}") from error
-
-
-def save_run(model, tokenizer, optimizers, history, text_id, start):
-    """Save NAME.pt if the last evaluation is the best, NAME.resume.pt, and the plot NAME.png."""
-    axes, steps = Figure(figsize=(7, 4.5), layout="constrained").subplots(), list(history)
-    for split, style in (("train", "--"), ("val", "-")):
-        losses = [entry[split]["loss"] for entry in history.values()]
-        axes.plot(steps, losses, style, label=split)
-    best = min(losses[1:])  # the first is of the beginning
-    axes.plot(steps[losses.index(best)], best, "ko", label=f"best: {best:.4f}")
-    axes.axhline(math.log(tokenizer.vocab_size), color="gray", label="uniform guess: ln V")
-    n, seconds = sum(p.numel() for p in model.parameters()), time.perf_counter() - start
-    axes.set(yscale="log", xlabel="step", ylabel="loss (nats per token)")
-    axes.set_title(f"{NAME}: {n:,} parameters, {seconds:,.0f} s, loss {best:.4f}")
-    axes.yaxis.set(major_formatter="{x:.1f}", minor_formatter="{x:.1f}")
-    axes.legend()
-    for path in (f"{NAME}.resume.pt", f"{NAME}.pt", f"{NAME}.png"):
-        if len(history) == 2 and os.path.exists(path):  # the first save: it is of an earlier run
-            os.replace(path, f"previous.{path}")
-            print(f"the {path} of an earlier run is now previous.{path}")
-    if losses[-1] == best or not os.path.exists(f"{NAME}.pt"):
-        save_checkpoint(f"{NAME}.pt", model, tokenizer)
-    else:
-        print(f"the validation loss rises: {NAME}.pt keeps step {steps[losses.index(best)]}")
-    if best > losses[0]:
-        print(f"it was lower before training, {losses[0]:.4f}: lower the learning rate, or stop")
-    more = {"optimizers": [o.state_dict() for o in optimizers], "history": history}
-    save_checkpoint(f"{NAME}.resume.pt", model, tokenizer, text_id=text_id, **more)
-    write_file(f"{NAME}.png", lambda file: axes.figure.savefig(file, format="png", dpi=120))
+        HalfLinear(1, 1, dtype=torch.float16)
+    except (ImportError, RuntimeError) as error:
+        print(f"HALF_WEIGHTS = True does not work here, going on without it: {error!r:.100}")
+        return model
+    # What the second argument maps is shared with the model, not copied: all parameters.
+    quick = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for module in list(quick.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                half = HalfLinear(1, 1, dtype=torch.float16)  # of any size: then it is replaced
+                half.set_weight_bias(child.weight.detach(), child.bias)
+                setattr(module, name, half)
+    return quick
 
 
 # --- 7. Flags, errors, main -----------------------------------------------------------------------
@@ -943,66 +1212,22 @@ def check(condition, message):
         raise UserError(message)
 
 
-def has_bfloat16(device, names=("avx512_bf16", "amx_bf16", "bf16")):
+def has_bfloat16(device):
     """Return whether the hardware itself computes in bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and any(map(torch.cpu.get_capabilities().get, names))
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not in torch 2.6
+        names = ("avx512_bf16", "amx_bf16", "bf16")
+        return any(torch.cpu.get_capabilities().get(name) for name in names)
+    return False
 
 
-def memory_used(device):
-    """Return how many bytes the run has used at most: of the GPU, or of the computer."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+def find_device(name):
+    """Return the torch.device of a name. UserError: there is no such device here."""
     try:
-        import resource  # Windows has none
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    except ImportError:
-        return math.nan
-
-
-def join_processes(device):
-    """Join the processes that torchrun has started, if any. Return the device of this one.
-
-    On GPUs they talk by nccl, on CPUs by gloo. Rank 0 alone prints, and writes files."""
-    if N_RANKS == 1:
-        return device
-    place = int(os.environ["LOCAL_RANK"])
-    n = torch.cuda.device_count() if device.type == "cuda" else N_RANKS * (device.type == "cpu")
-    check(place < n, f"{N_RANKS} processes, but {n} devices {device} for them")
-    if device.type == "cuda":
-        device = torch.device("cuda", place)
-        torch.cuda.set_device(device)
-    # The others wait while rank 0 fetches, encodes, evaluates and saves.
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))
-    if RANK > 0:
-        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-    return device
-
-
-def get_model(flags, device):
-    """Return (model, tokenizer): of a checkpoint, with OpenAI's weights, or new, as flags say."""
-    path, init = NAME + ".resume" * flags.resume + ".pt", flags.init or INIT
-    check(not (flags.resume and flags.init), f"--resume goes on with {path}, so --init has no use")
-    tokenizer = Tokenizer()
-    trained = os.path.exists(path) or init == "scratch"  # if not there, load_checkpoint says so
-    if flags.resume or (flags.sample and not flags.init and trained):
-        print(f"weights: {path}")
-        return load_checkpoint(path, device)
-    fits = init == "pretrained" or not flags.sample
-    check(fits, "random weights write nonsense: --sample continues with trained ones")
-    block_size = BLOCK_SIZE if init == "pretrained" else WINDOW  # others would not be trained
-    sizes = dict(vocab_size=VOCAB_SIZE, block_size=block_size, n_embed=N_EMBED, n_heads=N_HEADS,
-                 n_layers=N_LAYERS, dropout=DROPOUT, qkv_bias=bool(QKV_BIAS))  # fmt: skip
-    fits = init == "scratch" or (QKV_BIAS and Tokenizer.vocab_size == VOCAB_SIZE)
-    check(fits, f"OpenAI's weights need QKV_BIAS = True, VOCAB_SIZE = {Tokenizer.vocab_size}")
-    file = find_weights() if init == "pretrained" else "random"
-    print(f"weights: {file}")
-    model = LM(**sizes) if file == "random" else load_pretrained(file, **sizes)
-    return model.to(device), tokenizer
+        return torch.zeros(1, device=name).device
+    except Exception as error:  # each kind of device has an error of its own
+        raise UserError(f"device {name}: {str(error).splitlines()[0]}") from error
 
 
 def keep_freed_memory():
@@ -1012,76 +1237,136 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def lock_folder():
-    """Return NAME.lock, open: one run at a time can have it. UserError: another one has it."""
-    lock = open(f"{NAME}.lock", "w")  # noqa: SIM115
-    try:
-        os.lockf(lock.fileno(), os.F_TLOCK, 0)
-    except (AttributeError, OSError) as error:  # Windows and some network disks have no locks
-        check(not isinstance(error, BlockingIOError), "another run is training in this folder")
-    return lock
-
-
-def show_progress(step, loss, speed, left):
-    """Rewrite the last line of a terminal; print nothing where the output is piped."""
-    if step % 10 == 0 and sys.stdout and sys.stdout.isatty():  # a GPU must finish to show a loss
-        line = f"step {step}  loss {loss:.3f}  {speed:,.0f} tokens/s  {left / speed:.0f} s left  "
-        print(line[: os.get_terminal_size().columns - 1], end="\r", flush=True)
+def show_progress(run, step, loss, seconds):
+    """Tell how far the training is: on one line of a terminal, elsewhere in a line every 30 s."""
+    if step % 10 > 0:  # to know the loss, one must wait for a GPU
+        return
+    left = seconds / (step + 1) * (run["max_iters"] - step)
+    speed = TOKENS_PER_STEP * (step + 1) / seconds
+    line = f"step {step:>5}  loss {loss:.3f}  {speed:,.0f} tokens/s  {left:,.0f} s left"
+    if sys.stdout and sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(line.ljust(60)[:width], end="\r", flush=True)
+    elif seconds > run.get("shown", 0) + 30:  # the second at which the last line was printed
+        print(line, flush=True)
+        run["shown"] = seconds
 
 
 def evaluate(model, tokenizer, splits, prompt, step):
     """Print losses and a sample. Return {split: losses}. UserError: a loss is not finite."""
-    losses = {k: estimate_loss(model, v, BATCH_SIZE, EVAL_ITERS) for k, v in splits.items()}
-    line = "  ".join(f"{k} {name} {x:.4f}" for k, v in losses.items() for name, x in v.items())
-    check("nan" not in line and "inf" not in line, "the loss is not finite: lower LEARNING_RATE")
+    batch_size = max(1, 4096 // model.block_size)  # not BATCH_SIZE, so that losses compare
+    losses = {}
+    words = f"step {step:>5}"
+    for split, tokens in splits.items():
+        losses[split] = estimate_loss(model, tokens, batch_size, EVAL_ITERS)
+        for name, value in losses[split].items():
+            check(math.isfinite(value), "the loss is not finite: lower LEARNING_RATE")
+            words += f"  {split} {name} {value:.4f}"
     ids = generate(model, tokenizer.encode(prompt), 60, TEMPERATURE, TOP_K, TOP_P)
-    print(f"step {step:>5}  {line:<60}\n            {tokenizer.decode(ids)!r}", flush=True)
+    print(f"{words:<60}\n            {tokenizer.decode(ids)!r}", flush=True)
     return losses
 
 
-def check_constants():
-    """Raise UserError when a constant makes no sense, before anything is read or written."""
-    check(torch.__version__ >= (2, 13), f"PyTorch {torch.__version__} is too old: install 2.13.0")
-    check(MODEL in SIZES, f"MODEL = {MODEL!r} must be one of {', '.join(SIZES)}")
-    check(INIT in ("pretrained", "scratch"), f"INIT = {INIT!r} must be 'pretrained' or 'scratch'")
-    sizes = "BLOCK_SIZE N_EMBED N_LAYERS N_HEADS BATCH_SIZE MAX_ITERS EVAL_INTERVAL EVAL_ITERS"
-    for names, low, high in (
-        (f"{sizes} TOP_K WINDOW TOKENS_PER_STEP", 1, 10**9),
-        ("MAX_VAL_TOKENS", 2, 10**9),
-        ("VOCAB_SIZE", Tokenizer.vocab_size, 10**9),
-        ("WARMUP_ITERS SAMPLE_TOKENS SEED", 0, 10**9),
-        ("TRAIN_SHARE DROPOUT FINAL_LR TOP_P", 0, 1.0),
-        ("LEARNING_RATE WEIGHT_DECAY GRADIENT_CLIP TEMPERATURE", 0, 1e9),
-        ("NAME DATA DATA_URL DATA_SHA256 PROMPT", "", "\U0010ffff"),
-        ("SCRATCH_LEARNING_RATE", 0, 1e9),
-    ):
-        for name, value in [(name, globals()[name]) for name in names.split()]:
-            fits = type(value) in (type(low), type(high)) and low <= value <= high
-            fits |= value is None and name in ("TOP_K", "TOP_P", "GRADIENT_CLIP")
-            check(fits, f"{name} = {value!r} must be {type(high).__name__}, {low!r} to {high!r}")
-    fits = type(BETAS) is tuple and [type(b) is float and 0 <= b < 1 for b in BETAS] == [True] * 2
-    check(fits, f"BETAS = {BETAS!r} must be two numbers from 0 to below 1")
-    fits = WINDOW <= BLOCK_SIZE and TOKENS_PER_STEP % (WINDOW * N_RANKS) == 0
-    more = f"TOKENS_PER_STEP = {TOKENS_PER_STEP} a multiple of it, for each of {N_RANKS} processes"
-    check(fits, f"WINDOW = {WINDOW} must be at most BLOCK_SIZE = {BLOCK_SIZE}, and {more}")
+def printable(text):
+    """Return the text with its control characters spelled: a terminal would obey them."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
+
+
+def write_sample(model, tokenizer, prompt):
+    """Print the prompt, and its continuation while it is made. Return both as one string."""
+    quick = for_generation(model)
+    ids = tokenizer.encode(prompt)
+    text = prompt
+    times = []
+    print(printable(prompt), end="", flush=True)
+    tokens = generate(quick, ids, SAMPLE_TOKENS, TEMPERATURE, TOP_K, TOP_P)
+    for piece in stream(tokenizer, tokens):
+        times.append(time.perf_counter())
+        text += piece
+        print(printable(piece), end="", flush=True)
+    if len(times) > 2:  # the first token needed the whole prompt; the last piece is no token
+        print(f"\n{(len(times) - 2) / (times[-2] - times[0]):.1f} tokens/s", end="")
+    print(flush=True)
+    return text
 
 
 def parse_flags(argv):
     """Return the flags of the command line, or of the list argv. A notebook has neither."""
     parser = argparse.ArgumentParser(prog=f"{NAME}.py", description="Train a GPT and let it write.")
-    add, add_either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    add_either("--sample", action="store_true", help=f"no training: continue with {NAME}.pt")
-    add_either("--resume", action="store_true", help=f"train further, from {NAME}.resume.pt")
-    add("--prompt", metavar="TEXT", default=PROMPT, help="text to continue (default: %(default)s)")
-    add("--max-iters", metavar="N", type=int, default=MAX_ITERS, help="training steps in all")
+    add = parser.add_argument
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--sample", action="store_true", help="no training: continue the prompt with a run")
+    either("--resume", action="store_true", help="train a run further")
+    either("--runs", action="store_true", help="list the runs of this folder")
+    add("--run", metavar="FILE", help="the run for --sample and --resume (default: the newest)")
+    add("--prompt", metavar="TEXT", help=f"text to continue (default: {PROMPT!r})")
+    add("--max-iters", metavar="N", type=int, help=f"training steps in all (default: {MAX_ITERS})")
     add("--data", metavar="PATH", help=f"UTF-8 text to train on (default: {DATA})")
-    add("--device", metavar="NAME", default=DEVICE, help="cuda, mps or cpu (default: %(default)s)")
+    add("--device", metavar="NAME", default=DEVICE, help="cpu, cuda, ... (default: %(default)s)")
     add("--seed", metavar="N", type=int, help=f"default: {SEED}; with --sample, another each time")
     add("--init", choices=("pretrained", "scratch"), help=f"how to begin (default: {INIT})")
-    flags = parser.parse_args([] if argv is None and "kernel_launcher" in sys.argv[0] else argv)
-    default = torch.seed() if flags.sample else SEED
-    flags.seed = (default if flags.seed is None else flags.seed) % 2**40  # `train` takes 2**20 more
-    return flags
+    in_notebook = argv is None and "kernel_launcher" in sys.argv[0]
+    if RANK > 0:  # rank 0 says what is wrong
+        parser.error = lambda message: sys.exit(2)
+    return parser.parse_args([] if in_notebook else argv)
+
+
+def prepare(flags, device):
+    """Return (run, model, tokenizer, optimizers, splits) of a new run, or of one to go on with."""
+    path = find_data(flags.data)
+    if flags.resume:
+        check(flags.init is None, "--resume goes on with a run: --init has no use")
+        run, model, tokenizer = load_run(flags.run or saved_runs()[-1], device)
+    else:
+        run, model, tokenizer = new_run(flags, device)
+    if flags.max_iters is not None:
+        run["max_iters"] = flags.max_iters
+    done = f"{run['step']:,} of {run['max_iters']:,} steps are done"
+    check(run["step"] < run["max_iters"], f"{done}: --max-iters N trains further")
+    check(EVAL_INTERVAL > 0, f"EVAL_INTERVAL = {EVAL_INTERVAL} must be 1 or more")
+    T = model.block_size
+    check(T >= WINDOW, f"WINDOW = {WINDOW}, but the model can see {T} tokens")
+    share = WINDOW * N_RANKS  # at least one window for each process
+    check(TOKENS_PER_STEP % share == 0, f"TOKENS_PER_STEP must be a multiple of {share}")
+    optimizers = make_optimizers(model)
+    if flags.resume:
+        resume(run, model, optimizers, flags)
+    run["constants"]["SEED"] = str(run["seed"])
+    run["constants"]["MAX_ITERS"] = str(run["max_iters"])
+    run["constants"]["INIT"] = run["init"]
+    tokens = load_tokens(path, tokenizer)
+    splits = split_text(tokens, TRAIN_SHARE, MAX_VAL_TOKENS, WINDOW)
+    name_text(run, path, tokens, len(splits["train"]))
+    run["prompt"] = PROMPT if flags.prompt is None else flags.prompt
+    print(f"{path}: {len(tokens):,} tokens, ln V = {math.log(tokenizer.vocab_size):.4f}")
+    return run, model, tokenizer, optimizers, splits
+
+
+def choose_model(flags, device):
+    """Return (run, model, tokenizer) to sample from: a run, or what --init says."""
+    path = flags.run
+    if path is None and flags.init is None:
+        try:
+            path = saved_runs()[-1]
+        except UserError as error:
+            print(f"{error}; meanwhile, OpenAI's weights")
+            flags.init = "pretrained"
+    if path is None:
+        return new_run(flags, device)
+    return load_run(path, device, mmap=True)
+
+
+def measure(run, model, tokenizer, splits):
+    """Measure the best parameters exactly, print and save it. Return what `main` promises."""
+    loss = estimate_loss(model, splits["val"], BATCH_SIZE)["loss"]
+    bits = bits_per_character(loss, splits["val"], tokenizer)
+    print(f"{run['path']}: the best of {run['step']:,} steps is {run['best_step']:,}", end=", ")
+    print(f"{loss:.4f} nats a token, {bits:.4f} bits a character on all of the validation text")
+    run["val_loss"] = loss
+    write_run(run)
+    tokens = run["step"] * TOKENS_PER_STEP
+    results = {"val_loss": loss, "bits_per_character": bits, "steps": run["step"]}
+    return results | {"seconds": run["seconds"], "tokens_per_second": tokens / run["seconds"]}
 
 
 def main(argv=None):
@@ -1089,54 +1374,66 @@ def main(argv=None):
 
     Return {"val_loss": nats per token over the whole validation split, "bits_per_character",
     "steps", "seconds", "tokens_per_second", "parameters", "text"}: after --sample, the last two."""
-    check_constants()
+    if RANK > 0:  # one process speaks
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     flags = parse_flags(argv)
-    keep_freed_memory()
-    check(flags.device in DEVICES, f"device {flags.device}: here it can be {', '.join(DEVICES)}")
-    device = join_processes(torch.device(flags.device))
-    if RANK > 0:
-        dist.barrier()  # rank 0 goes first: it fetches and encodes
+    check(Path(NAME).name == NAME, f"NAME = {NAME!r} must be a file's name, without a folder")
+    if flags.runs:
+        list_runs()
+        return {}
+    check(N_RANKS == 1 or not flags.sample, "one process is enough to write a sample")
+    device = join_processes(find_device(flags.device))
+    if flags.sample:
+        run, model, tokenizer = choose_model(flags, device)
+        run["prompt"] = PROMPT if flags.prompt is None else flags.prompt
+        run["seed"] = torch.seed() % 2**32 if flags.seed is None else flags.seed
+    else:
+        keep_freed_memory()
+        if RANK > 0:
+            dist.barrier()  # rank 0 goes first: it downloads and encodes
+        else:
+            remove_leftovers(f"{NAME}-*.*.part")
+            remove_leftovers("*.gpt2.bin.*.part")
+        run, model, tokenizer, optimizers, splits = prepare(flags, device)
+        if RANK == 0 and N_RANKS > 1:
+            dist.barrier()  # now the others
+    results = {"parameters": sum(p.numel() for p in model.parameters())}
+    print(f"{device}, bfloat16: {has_bfloat16(device)}, seed {run['seed']}", end="; ")
+    print(f"{results['parameters']:,} parameters", flush=True)
     if not flags.sample:
-        path = find_data(flags.data)
-        tokens = load_tokens(path, Tokenizer())
-        splits = split_text(tokens, TRAIN_SHARE, MAX_VAL_TOKENS, WINDOW)
-    torch.manual_seed(flags.seed)
-    model, tokenizer = get_model(flags, device)
-    if RANK == 0 and N_RANKS > 1:
-        dist.barrier()  # now the others
-    results, n = {}, sum(p.numel() for p in model.parameters())
-    print(f"{device}, bfloat16: {has_bfloat16(device)}, seed {flags.seed}; {n:,} parameters")
-    if not flags.sample:
-        print(f"{path}: {len(tokens):,} tokens, ln V = {math.log(tokenizer.vocab_size):.4f}")
-        text_id = sha256(str((len(tokens), tokens[:100_000].tolist())).encode()).hexdigest()
-        with lock_folder() if RANK == 0 else contextlib.nullcontext():
-            results |= train(model, tokenizer, splits, flags, text_id)
+        train(model, tokenizer, optimizers, splits, run)
         if N_RANKS > 1:
-            dist.destroy_process_group()  # the rest is for rank 0
-            if RANK > 0:
-                return results
-        loss = estimate_loss(model, splits["val"], BATCH_SIZE)["loss"]
-        characters = len(tokenizer.decode(splits["val"][1:].tolist()))
-        bits = loss * (len(splits["val"]) - 1) / characters / math.log(2)
-        results |= {"val_loss": loss, "bits_per_character": bits}
-        print(f"best: {loss:.4f} nats a token, {bits:.4f} bits a character")
-        seen = results["steps"] * TOKENS_PER_STEP
-        print(f"{seen:,} tokens seen, {results['tokens_per_second']:,.0f} a second", end=", ")
-        print(f"at most {memory_used(device) / 1e9:.2f} GB of memory")
-    torch.manual_seed(flags.seed)
-    return results | {"parameters": n, "text": write_sample(model, tokenizer, flags.prompt)}
+            dist.destroy_process_group()
+        if RANK > 0:  # the rest is for rank 0
+            return results
+        run, model, tokenizer = load_run(run["path"], device)
+        results |= measure(run, model, tokenizer, splits)
+    torch.manual_seed(run["seed"])
+    return results | {"text": write_sample(model, tokenizer, run["prompt"])}
+
+
+def is_out_of_memory(error):
+    """Return whether an error says so: each kind of memory has words of its own."""
+    if isinstance(error, MemoryError):
+        return True
+    return "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 if __name__ == "__main__":
-    # A character that the terminal lacks prints as "?". A notebook's stdout has no reconfigure.
-    getattr(sys.stdout, "reconfigure", dict)(errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has none
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks prints as ?
     try:
         main()
+    except UserError as error:
+        sys.exit(1 if RANK > 0 else f"{NAME}.py: {error}")  # one process speaks
     except BrokenPipeError:  # no error: `head`, for one, has seen enough
         sys.exit()
-    except (KeyboardInterrupt, UserError, OSError) as error:
-        sys.exit(f"{NAME}.py: {str(error) or 'interrupted'}")
+    except KeyboardInterrupt:
+        if "kernel_launcher" in sys.argv[0]:  # a cell of a notebook was stopped
+            raise
+        print(f"{NAME}.py: interrupted", file=sys.stderr)
+        sys.exit(130)
     except (RuntimeError, MemoryError) as error:
-        if not any(words in repr(error) for words in ("out of memory", "allocate", "MemoryError")):
+        if not is_out_of_memory(error):
             raise
         sys.exit(f"{NAME}.py: out of memory: halve BATCH_SIZE, or take a smaller model")

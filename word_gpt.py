@@ -1,38 +1,28 @@
 """A GPT in one file, word by word: it reads 50,000 film reviews and learns to write another one.
 
-Read char_gpt.py first: the blocks and their training are the same. What is new comes with real
-text, mostly in the order of the file:
-- clean: reviews contain web markup, links, capitals; a model learns only what is frequent
-- build_vocabulary, Tokenizer: tokens are words. The number of different words has no limit, so all
-  rare ones share one token, <unk> (unknown). "Some rare word" is easier to predict than the word
-  itself, so the loss looks too good. "known" skips <unk>, so all rare words: too good, too.
-- split_documents, split_text: the text is many documents. Each ends with the token <eos> (end of
-  sequence), so that the model learns when to stop. A document goes to one split as a whole:
-  otherwise the model would already know one half of it when it is measured on the other.
-- cut_windows, get_batch: a window is part of one document. A short window is filled with <pad> on
-  its right. This needs no further mask: Head's mask already hides what is on the right.
-  The loss must not count it: to predict <pad> after <pad> is easy, and useless.
-- AdaptiveSoftmax: logits of 37,000 words would be most of a step; it computes only a part of them
-- estimate_loss, measure: accuracy is the share of targets that had the highest probability;
-  perplexity is e^loss: the model is as unsure as if choosing among this many equally likely tokens
-- beam_search: looks for the likeliest text, which is dull
-- attention_weights: finds which words each word looks at, for a picture
-- download, read_archive: 84 MB, once
+Read char_gpt.py first. Most of it stands here again, so that this file can be used alone: skip
+whatever you know. New is what real text asks for, in the order of the file:
+- clean, build_vocabulary, Tokenizer: tokens are words. Reviews contain web markup, links, capitals.
+  The number of different words has no limit: all that are too rare share one token, <unk>.
+- split_documents, split_text: the text is many documents. Each ends with a token <eos> (end of
+  sequence), so that the model learns when to stop. A third part of them is for a last test.
+- cut_windows, get_batch: documents have different lengths. <pad> fills what a window lacks.
+- AdaptiveSoftmax: logits of 37,000 words would be most of the work; it computes only a part.
+- estimate_loss: accuracy, perplexity, and what a good value is.
+- beam_search looks for the likeliest text. attention_weights shows what the model looks at.
+The same as in char_gpt.py: Head, MultiHead, FeedForward, Block, all of section 4 but
+estimate_loss, next_token_probabilities, and nearly all that follows the lesson.
 
     python word_gpt.py                                train, then continue the PROMPT
     python word_gpt.py --sample --prompt "The worst"  no training: continue with what was learned
     python word_gpt.py --sample --beams 5             also look for the likeliest text
-    python word_gpt.py --resume --max-iters 3000      train further
+    python word_gpt.py --runs                         list what was trained in this folder
+    python word_gpt.py --resume --max-iters 3000      train the newest run further
     python word_gpt.py --data mytext.txt              train on paragraphs of a text; -h: all flags
 
-Measured with the defaults (2 cores of an Intel Xeon with bfloat16, Linux, Python 3.11, SEED 1337,
-torch 2.13.0): 5 min 7 s; V = 36,980; 1.31% of the validation tokens are <unk>. Over all targets,
-the loss is 5.3361 nats a token (5.3513 without <unk>; ln V = 10.5181), the accuracy 17.88%, the
-perplexity 207.7. A word has many characters: its loss does not compare with that of one. It writes:
+@@HEADER@@
 
-    i think this movie was as good as the young woman the moral of the greatest part of living dead
-
-PyTorch supplies tensors (arrays), gradients, AdamW, layers. Calling one runs its forward. Shapes:
+PyTorch supplies tensors (arrays of numbers), layers, gradients and AdamW. Letters of shapes:
     B   batch: pieces of text processed in parallel   H   heads per block
     T   time: tokens in one piece                     hs  head size, C / H
     C   channels: numbers that represent one token    V   vocabulary: number of different tokens
@@ -47,61 +37,64 @@ The reviews: Maas et al. 2011, Learning Word Vectors for Sentiment Analysis. Nex
 # ///
 
 import argparse
+import copy
 import ctypes
 import math
+import numbers
 import os
 import re
-import signal
+import shutil
 import sys
 import tarfile
-import threading
 import time
 import unicodedata
 import zlib
 from array import array
 from collections import Counter
+from functools import cache
 from hashlib import file_digest, sha256
-from itertools import chain, islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import requests
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 
 # --- 1. Hyperparameters: edit them, and run again. Each is explained where it is used. ------------
-NAME = "word_gpt"  # names of files: .pt, .resume.pt, .png, .lock, _attention.png
-ON_GPU = torch.cuda.is_available()  # where a line has an else, the first value is for a CUDA GPU
-DEVICES = ["cuda"] * ON_GPU + ["mps"] * torch.backends.mps.is_available() + ["cpu"]  # fastest first
-DEVICE = DEVICES[0]  # where the tensors are
-SEED = 1337  # where all random numbers start: any number; another one gives another model
+NAME = "word_gpt"  # a run is a file: NAME-1.pt, the next one NAME-2.pt
+# Where a line has an else, its first value is for a CUDA GPU that computes in bfloat16.
+FAST_GPU = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+SEED = 1337  # where all random numbers start, 0 to 2**32 - 1; another one gives another model
 # Data
 DATA = "aclImdb_v1.tar.gz"  # or any UTF-8 text, with empty lines between its documents
 DATA_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 DATA_SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
 TRAIN_SHARE = 0.8  # 80% of the documents are for training, the rest for measuring
 VAL_SHARE = 0.1  # 10% choose the best parameters; the last 10%, the test, are measured once
-CLEANING = "spaced"  # "reference": cruder, as in many published experiments; see clean
-MIN_FREQ = 5  # a word that is rarer in the training documents is <unk>; lower: slower
+CLEANING = "spaced"  # "reference": as in a published experiment, see clean_as_published
+MIN_FREQ = 5  # a word that comes less often in the training documents is <unk>; lower: slower
 # Model
 BLOCK_SIZE = 64  # T, tokens that the model sees; more: better, and slower
 N_EMBED = 256  # C; twice as many take up to 4 times as long
 N_LAYERS = 2  # blocks; more: better, and slower
 N_HEADS = 2  # H; must divide N_EMBED; a head size of 32 to 128 is usual
-CUTOFFS = (2000, 10000)  # ids where groups of rarer words begin; (): no groups, slower
-DROPOUT = 0.1 if ON_GPU else 0.0  # raise it against overfitting
+CUTOFFS = (2000, 10000)  # ids where groups of less frequent words begin; (): no groups, slower
+DROPOUT = 0.1 if FAST_GPU else 0.0  # share of numbers set to 0 (see FeedForward)
 # Optimization
-BATCH_SIZE = 128 if ON_GPU else 32  # B; more: a more exact gradient, and a slower step
-MAX_ITERS = 10000 if ON_GPU else 1800  # training steps
-LEARNING_RATE = 1e-3 if ON_GPU else 5e-3  # the peak; too high: the loss jumps; too low: it crawls
+BATCH_SIZE = 128 if FAST_GPU else 32  # B; more: a more exact gradient, and a slower step
+MAX_ITERS = 10000 if FAST_GPU else 1800  # training steps
+MUON = True  # a better optimizer for most matrices (see behind the lesson); False: AdamW alone
+LEARNING_RATE = 1e-3 if FAST_GPU else 5e-3  # the peak; too high: the loss jumps; too low: it crawls
+ADAMW_LEARNING_RATE = 1e-3 if FAST_GPU else 4e-3  # the peak if MUON = False
 FINAL_LR = 0.0  # share of the peak that is left at the end; 1: it never falls
 WARMUP_ITERS = 100  # steps until the peak
 BETAS = (0.9, 0.99)  # AdamW averages about 1 / (1 - beta) steps: 10 gradients, 100 squares of them
 WEIGHT_DECAY = 0.1  # pulls matrices towards zero; more: less overfitting
 GRADIENT_CLIP = 1.0  # a longer gradient is cut to this length; None: never
-EVAL_INTERVAL = 300  # steps between two evaluations
-EVAL_ITERS = 10  # batches per evaluation; more: more exact, and slower
+EVAL_INTERVAL = 300  # steps between two evaluations, which also save the run
+EVAL_ITERS = 10  # pieces of 4,096 tokens in an evaluation; more: more exact, and slower
+# Generation
 PROMPT = "I think this movie was"  # the text to continue
 SAMPLE_TOKENS = 100  # length of the continuation, in tokens
 TEMPERATURE = 0.8  # 0: always the most likely token; 1: the model's own probabilities
@@ -109,53 +102,54 @@ TOP_K = None  # draw among this many most likely tokens only; None: among all
 TOP_P = None  # draw among the most likely tokens that have this probability together; None: all
 BEAMS = 0  # texts that beam_search follows; more: a likelier text, and slower; 0: no search
 PICTURE_TOKENS = 32  # words in the picture of the attention
+PICTURE_HEADS = 6  # heads in that picture
+# Where the tensors are: the fastest device that is there
+if torch.cuda.is_available():
+    DEVICE = "cuda"
+elif torch.backends.mps.is_available():
+    DEVICE = "mps"  # Apple's GPU
+else:
+    DEVICE = "cpu"
 
 
 # --- 2. Data and tokenizer ------------------------------------------------------------------------
-class Replacements(dict):
-    """A table for str.translate: the replacement of a character. None removes it."""
-
-    def __init__(self, cleaning):
-        self.cleaning = cleaning
-
-    def __missing__(self, code):
-        """Decide about a code that the table lacks: Python calls this. The answer is stored."""
-        character, kind = chr(code), unicodedata.category(chr(code))
-        if self.cleaning == "reference":
-            self[code] = character if "a" <= character <= "z" else " " * character.isspace()
-        elif character in "'’`´\ufe0f" or kind == "Cf":  # dont, not don t; others: invisible
-            self[code] = None
-        else:  # L...: a letter, M...: a mark on it, N...: a digit
-            self[code] = character if kind[0] in "LMN" else " "
-        return self[code]
+# check(condition, message), defined at the end of this file, stops with the message unless the
+# condition holds.
 
 
-REPLACEMENTS = {cleaning: Replacements(cleaning) for cleaning in ("spaced", "reference")}
+@cache  # computed once for each character
+def replacement(character):
+    """Return what `clean` makes of a character: the same one, nothing, or a space."""
+    if character in "'’`´\ufe0f":
+        return ""  # dont, not don t; the last one is invisible
+    kind = unicodedata.category(character)
+    if kind == "Cf":  # invisible ones
+        return ""
+    return character if kind[0] in "LMN" else " "  # L: letters, M: marks on letters, N: digits
 
 
-def clean(text, cleaning):
+def clean(text, cleaning="spaced"):
     """Return the words of a text, with one space between them: letters, their marks, and digits.
 
     The model learns what it sees often. So `Film`, `film,` and `film.` become one word. The price:
-    it will never write a full stop. A number alone is dropped: most are rare.
+    it will never write a full stop. Words of digits alone are left out: there are many different
+    ones, and few of them come often.
 
-    >>> clean("A well-made film.<br /><br />Don't miss the 80s, it's 10/10!", "spaced")
+    >>> clean("A well-made film.<br /><br />Don't miss the 80s, it's 10/10!")
     'a well made film dont miss the 80s its'
-    >>> clean("Clichés: www.example.com, me@example.com", "spaced")
+    >>> clean("Clichés: www.example.com, me@example.com")
     'clichés'
 
-    "reference" keeps a to z and spaces, and removes the rest without a trace, even between words:
-
-    >>> clean("A well-made film.<br /><br />Clichés", "reference")
-    'a wellmade filmclichs'
-    """
-    check(cleaning in [*REPLACEMENTS], f"CLEANING = {cleaning!r} is none of {[*REPLACEMENTS]}")
-    gap = " " if cleaning == "spaced" else ""
-    text = re.sub(r"<[^<>]*>|http\S+|www\.\S+", gap, text.lower())
+    A word is what stands between spaces. Chinese, Japanese and Thai are written without them. For
+    such a text take char_gpt.py or gpt2.py."""
+    if cleaning == "reference":
+        return clean_as_published(text)
+    text = re.sub(r"<[^<>]*>|http\S+|www\.\S+", " ", text.lower())
     if "@" in text:
-        text = re.sub(r"(?<!\S)\S+@\S+\.\S+", gap, text)  # (?<!\S): only at a word's start, fast
+        text = re.sub(r"(?<!\S)\S+@\S+\.\S+", " ", text)  # (?<!\S): only at a word's start, fast
     text = unicodedata.normalize("NFC", text)  # é can be one character, or e and a mark: now one
-    words = text.translate(REPLACEMENTS[cleaning]).split()
+    table = str.maketrans({character: replacement(character) for character in set(text)})
+    words = text.translate(table).split()
     return " ".join([word for word in words if not word.isnumeric()])
 
 
@@ -167,7 +161,9 @@ def build_vocabulary(documents, min_freq):
     >>> build_vocabulary(["the film the end", "a film"], min_freq=2)
     ['<pad>', '<unk>', '<eos>', 'film', 'the']
     """
-    counts = Counter(chain.from_iterable(map(str.split, documents)))
+    counts = Counter()
+    for document in documents:
+        counts.update(document.split())
     words = [word for word, count in counts.items() if count >= min_freq]
     check(words, f"no word comes MIN_FREQ = {min_freq} times: lower it, or use a longer text")
     return ["<pad>", "<unk>", "<eos>", *sorted(words, key=lambda word: (-counts[word], word))]
@@ -179,19 +175,21 @@ class Tokenizer:
     >>> tokenizer = Tokenizer(["<pad>", "<unk>", "<eos>", "the", "film"])
     >>> tokenizer.encode("The film, the PLOT!"), tokenizer.decode([3, 4, 2])
     ([3, 4, 3, 1], 'the film <eos>')
-    """
+
+    The price of <unk>: "some word that I do not know" is easier to predict than the word itself. So
+    the more words are unknown, the lower the loss, and the less does the model say."""
 
     pad, unk, eos = 0, 1, 2  # no words: an empty place, any unknown word, the end of a document
 
-    def __init__(self, vocabulary):
-        check(" ".join(vocabulary).startswith("<pad> <unk> <eos> "), "its vocabulary lacks tokens")
+    def __init__(self, vocabulary, cleaning="spaced"):
         self.vocabulary = vocabulary
+        self.cleaning = cleaning
         self.vocab_size = len(self.vocabulary)
         self.stoi = {word: i for i, word in enumerate(self.vocabulary)}
 
     def encode(self, text):
         """Return the ids of the words of a string, a list of ints. Unknown words become <unk>."""
-        return [self.stoi.get(word, self.unk) for word in clean(text, CLEANING).split()]
+        return [self.stoi.get(word, self.unk) for word in clean(text, self.cleaning).split()]
 
     def decode(self, ids):
         """Return the string of a list of ids."""
@@ -201,82 +199,107 @@ class Tokenizer:
 def split_documents(documents, train_share, val_share):
     """Return {"train": a list of clean documents, "val": ..., "test": the rest}, shuffled.
 
-    The archive ends with reviews that praise: unshuffled, validation and test would have no others.
-    We keep the parameters with the lowest validation loss: partly luck. Therefore a third
-    split, the test, is measured once, at the end."""
+    Whole documents: of a document in two parts, the model would already know one half when it is
+    measured on the other. Shuffled: in the order of their names, the last 12,500 all praise.
+
+    The third part: we keep the parameters with the lowest validation loss. A lucky one wins, so
+    that loss is a little too good. The test is used for nothing, and measured once, at the end."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(1337))
-    documents = [documents[i] for i in order.tolist()]  # for all SEEDs: losses compare
-    a, b = (round(share * len(documents)) for share in (train_share, train_share + val_share))
+    documents = [documents[i] for i in order.tolist()]  # the same parts for every SEED
+    a = round(train_share * len(documents))
+    b = round((train_share + val_share) * len(documents))
     check(0 < a < b < len(documents), "TRAIN_SHARE, VAL_SHARE: a split has no document")
     return {"train": documents[:a], "val": documents[a:b], "test": documents[b:]}
 
 
 def split_text(documents, tokenizer):
-    """Return {"train": (tokens, edges), "val": ..., "test": ...} of what split_documents returns.
+    """Return {"train": ids of all documents of this part, "val": ..., "test": ...}, int32.
+
+    Each document ends with <eos>. The documents "a b" and "c" become: a b <eos> c <eos>.
 
     The model trains on the first part only. On the second, the validation part, a low loss means
     that it learned how such texts are written. On the first, it may just know the text by heart.
-    This is overfitting: the training loss goes on falling, while the validation loss rises.
-
-    The tokens (N,) are all documents of a part, each with <eos> at its end. The edges are where
-    each of them begins, and N. Documents a b, c: tokens a b <eos> c <eos>, edges 0 3 5."""
-    splits, stoi, unk = {}, tokenizer.stoi, Tokenizer.unk
+    This is overfitting: the training loss goes on falling, while the validation loss rises."""
+    splits = {}
     for split, texts in documents.items():
-        tokens, edges = array("i"), [0]
-        for text in texts:
-            tokens.extend([stoi.get(word, unk) for word in text.split()])
-            tokens.append(Tokenizer.eos)
-            edges.append(len(tokens))
-        splits[split] = torch.tensor(tokens, dtype=torch.int32), torch.tensor(edges)
+        ids = array("i")  # 4 bytes each; a list takes 8, and more for the numbers themselves
+        for text in texts:  # they are clean: encode would clean them again, which takes time
+            ids.extend([tokenizer.stoi.get(word, tokenizer.unk) for word in text.split()])
+            ids.append(tokenizer.eos)
+        splits[split] = torch.tensor(ids, dtype=torch.int32)
     return splits
 
 
-def cut_windows(split, starts, block_size):
+def cut_windows(tokens, starts, ends, block_size):
     """Return the windows that begin at the starts (B, 1), and for each position its target.
 
-    A window never goes beyond its document: <pad> follows. Nothing comes after <eos>, so its target
-    is -100, which means "do not count". The targets of <pad> are -100 too.
+    From the ends (B, 1) on, <pad> (0) fills the window. A target of -100 means "do not count". The
+    targets of <pad> are such: to predict <pad> after <pad> is easy, and useless. So is the target
+    of <eos>: the next document has nothing to do with this one. Here 2 is <eos>, and T = 4:
 
-    >>> split = torch.tensor([5, 6, 7, 2, 8, 9, 2]), torch.tensor([0, 4, 7])  # 2 is <eos>
-    >>> x, y = cut_windows(split, torch.tensor([[1]]), block_size=4)
+    >>> tokens = torch.tensor([5, 6, 7, 2, 8, 9, 2])
+    >>> x, y = cut_windows(tokens, torch.tensor([[1], [4]]), torch.tensor([[7], [7]]), block_size=4)
     >>> x.tolist(), y.tolist()
-    ([[6, 7, 2, 0]], [[7, 2, -100, -100]])
+    ([[6, 7, 2, 8], [8, 9, 2, 0]], [[7, 2, -100, 9], [9, 2, -100, -100]])
 
+    <pad> needs no mask of its own: it is on the right of all words, where Head's mask hides it.
     x and y are (B, T), int64."""
-    tokens, edges = split
-    # bucketize returns d with edges[d - 1] <= start < edges[d]: the document, counted from 1.
-    last = edges[torch.bucketize(starts, edges, right=True)] - 1  # the place of the <eos>, (B, 1)
     places = starts + torch.arange(block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
-    # Places after the <eos> become -100; in the input, clamp makes <pad> (0) of it.
-    windows = tokens[places.minimum(last)].long().masked_fill(places > last, -100)
-    return windows[:, :-1].clamp(min=Tokenizer.pad), windows[:, 1:]
+    windows = tokens[places.clamp(max=len(tokens) - 1)].long()
+    windows = windows.masked_fill(places >= ends, Tokenizer.pad)
+    x, y = windows[:, :-1], windows[:, 1:]
+    return x, y.masked_fill((x == Tokenizer.eos) | (y == Tokenizer.pad), -100)
 
 
-def get_batch(split, batch_size, block_size, device):
-    """Return random windows of the documents, and for each position its target: see cut_windows.
+def get_batch(tokens, batch_size, block_size, device):
+    """Return random windows of the tokens (N,), and for each position its target: the next token.
 
-    A window that would reach beyond its document is moved back until its last target is <eos>: no
-    place is wasted. This moves 28% of the reviews' windows. Only short documents leave <pad>."""
-    tokens, edges = split
-    starts = torch.randint(len(tokens), (batch_size, 1))  # from 0 to N - 1
-    document = torch.bucketize(starts, edges, right=True)
-    # Not beyond the end of the document (minimum), and not before its beginning (maximum).
-    starts = starts.minimum(edges[document] - 1 - block_size).maximum(edges[document - 1])
-    x, y = cut_windows(split, starts, block_size)
+    A window runs on into the next document. <pad> comes only where there is no next one.
+    @@WINDOWS@@"""
+    starts = torch.randint(len(tokens) - 1, (batch_size, 1))  # from 0 to N - 2
+    x, y = cut_windows(tokens, starts, torch.tensor(len(tokens)), block_size)
     return x.to(device), y.to(device)
 
 
 # --- 3. Model -------------------------------------------------------------------------------------
-# token ids (B, T)
-#   -> LM: each token becomes a vector of C numbers; the vector of its position is added
-#   -> Block, N_LAYERS times:
-#        MultiHead    attention: each position collects what it needs from earlier positions
-#        FeedForward  each position computes with what it has, on its own
-#   -> AdaptiveSoftmax: one number for each possible next token: the logits (B, T, V)
+# The bricks, all from PyTorch:
+# - A layer, nn.Linear(n, m), turns a vector x of n numbers into one of m numbers: y = x W + b. The
+#   matrix W (n × m numbers) and the bias b (m numbers) are parameters: they start random, and
+#   training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1), and b = (10, 20):
+#   y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22).
+# - nn.Embedding(n, m) is a table of n rows with m numbers each. They are parameters, too. For the
+#   number i, it returns row i.
+# - A module is an object that holds layers and other modules. The classes below are modules. One
+#   calls a module like a function: module(x) runs its method `forward`.
+# - Softmax turns numbers into probabilities: p_i = exp(x_i) / (sum of exp(x_j) over all j). The
+#   numbers 2, 1, 0 become 0.67, 0.24, 0.09: all positive, with sum 1. Adding the same number to all
+#   of them changes nothing. Numbers that will go into a softmax are called logits, or scores.
 #
-# Softmax turns logits into probabilities: p_i = exp(logit_i) / (sum of exp(logit_j) over all j).
-# The logits 2, 1, 0 become 0.67, 0.24, 0.09: all positive, with sum 1. Adding the same number to
-# all logits changes nothing. Attention uses softmax too, to make the weights of an average.
+# The whole model, from top to bottom, and one example on its way through it. The example is of a
+# small LM: V = 7, T = C = 4, one block with 2 heads. In 200 steps it has learned the line "to be or
+# not to be". Now it reads "to b". On the right are the numbers of the last position, the b, to two
+# decimals. A * marks parameters, and how many there are.
+#
+#   token ids (B, T): "t", "o", " " and "b"              6      4      0      1
+#   LM * token_embedding, 7 × 4: row 1, for "b"         -0.14  -0.87   0.06  -0.46
+#      * position_embedding, 4 × 4: the last row        -0.15   0.33   0.00  -0.17
+#        their sum, a vector of C numbers (B, T, C)     -0.29  -0.54   0.06  -0.62
+#   Block, N_LAYERS times:
+#      * MultiHead, 4 × 12 + 4 × 4 + 4: it adds what     0.24  -0.52  -0.37  -0.08
+#        the position collects from earlier ones
+#      * FeedForward, 4 × 16 + 16 + 16 × 4 + 4: it      -0.40   0.34   0.04  -0.02
+#        adds what the position computes from that
+#      * LayerNorm, twice, 4 + 4 each: see Block
+#        the sum so far                                 -0.45  -0.71  -0.26  -0.72
+#   LM * ln_f, 4 + 4: one more LayerNorm                 1.79  -1.66   3.04  -2.17
+#      * lm_head, 4 × 7: logits (B, T, V) of the next token, and softmax's probabilities:
+#                                                 " "    "b"    "e"    "n"    "o"    "r"    "t"
+#                                               -1.74   2.85   4.90  -0.45  -2.93   2.32  -0.23
+#                                                0.00   0.11   0.82   0.00   0.00   0.06   0.00
+#        The next character is the "e": the loss is -ln 0.82 = 0.20.
+#
+# These are 312 parameters. With the constants of a CPU above there are 824,832: 8,320 for tokens,
+# 16,384 for positions, 4 times 197,888 in blocks, 256 in ln_f and 8,320 in lm_head.
 
 
 class Head(nn.Module):
@@ -293,7 +316,9 @@ class Head(nn.Module):
         q=0      0     0  -inf    0.50  0.50  0         15     both keys fit a query of 0 equally
         q=2      4     0     2   0.867 0.016 0.117      12.5   mostly the first: its key fits best
 
-    >>> q, k, v = torch.tensor([[1.0, 0, 2], [2, 0, 1], [10, 20, 30]]).view(3, 1, 1, 3, 1)
+    >>> q = torch.tensor([1.0, 0, 2]).view(1, 1, 3, 1)  # B, H, T, hs = 1, 1, 3, 1
+    >>> k = torch.tensor([2.0, 0, 1]).view(1, 1, 3, 1)
+    >>> v = torch.tensor([10.0, 20, 30]).view(1, 1, 3, 1)
     >>> [round(result, 1) for result in Head()(q, k, v).flatten().tolist()]
     [10.0, 15.0, 12.5]
     """  # From Vaswani et al. 2017, equation 1.
@@ -301,9 +326,10 @@ class Head(nn.Module):
     def forward(self, q, k, v):
         """Attend. q, k, v and the result are (B, H, T, hs); @ works on the last two dimensions."""
         T, hs = q.shape[-2:]
-        # A score sums hs products of about ±1, which partly cancel: its typical size is √hs, and
-        # the division makes it 1. Large scores push softmax to weights of 0 and 1, where it hardly
-        # reacts to a change of the scores, so that the gradient is almost zero.
+        # A score sums hs products, some positive, some negative. They partly cancel, so the typical
+        # size of the sum is √hs times that of a product. The division makes it independent of hs.
+        # Large scores push softmax to weights of 0 and 1, where it hardly reacts to a change of the
+        # scores: the gradient is almost zero, and the layers in front of it cannot learn.
         scores = (q / hs**0.5) @ k.transpose(-2, -1)  # (B,H,T,hs) @ (B,H,hs,T) -> (B,H,T,T)
         # The mask hides the future. For T = 3 its rows are [0 -inf -inf], [0 0 -inf], [0 0 0]: a
         # score of -inf gets the weight exp(-inf) = 0. Without the mask, position t sees its target,
@@ -323,8 +349,8 @@ class MultiHead(nn.Module):
         super().__init__()
         check(n_embed % n_heads == 0, f"N_HEADS = {n_heads} does not divide N_EMBED = {n_embed}")
         self.n_heads = n_heads
-        # Three layers in one matrix, without biases. Softmax would ignore k's, since q · (k + b) =
-        # q · k + q · b adds the same to a row. Weights sum to 1, so projection's can do v's.
+        # Three layers in one matrix: x W gives q, k and v of all heads, 3 C numbers. They have no
+        # bias b, as in most newer models (measured: see tests/RESULTS.md, no difference).
         self.qkv = nn.Linear(n_embed, 3 * n_embed, bias=False)
         self.head = Head()
         self.projection = nn.Linear(n_embed, n_embed)
@@ -337,15 +363,16 @@ class MultiHead(nn.Module):
         # (B, T, C) -> (B, T, H, hs) -> (B, H, T, hs): matrix products use the last two dimensions.
         q, k, v = (part.view(B, T, self.n_heads, -1).transpose(1, 2) for part in qkv)
         out = self.head(q, k, v).transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        # So far each head has its own channels. The projection mixes them: (B,T,C) @ (C,C)
+        # So far each head has its own channels. The projection mixes them: (B, T, C) @ (C, C)
         return self.dropout(self.projection(out))
 
 
 class FeedForward(nn.Module):
     """Two layers for each position on its own. Between them are 4 C numbers (also section 3.3).
 
-    Attention only averages; here the model computes. In training, dropout sets a random part of the
-    numbers to 0, so that the model cannot rely on single ones: less overfitting."""
+    Attention averages what there is; this computes something new from it. In training, dropout sets
+    a random part of the numbers to 0, so that the model cannot rely on single ones: less
+    overfitting."""
 
     def __init__(self, n_embed, dropout):
         super().__init__()
@@ -364,9 +391,13 @@ class Block(nn.Module):
 
     These sums are residual connections (He et al. 2015, arXiv 1512.03385). The derivative of
     x + f(x) is 1 + f'(x). The chain rule multiplies the derivatives of all blocks: thanks to the 1,
-    the gradient reaches the first block; small f' alone would make it vanish. LayerNorm gives the C
-    numbers of each position mean 0 and standard deviation 1: a steady size, however large the sum
-    has grown. As a part of f, it leaves the 1 as it is (Xiong et al. 2020, arXiv 2002.04745)."""
+    the gradient reaches the first block. Products of small f' alone would make it vanish.
+
+    LayerNorm shifts and scales the C numbers of each position to mean 0 and standard deviation 1.
+    Then it multiplies each channel by a learned number, and adds a learned one. So attention and
+    feed-forward get numbers of a steady size, however large the sum x has grown. LayerNorm is
+    applied inside f, not to the sum, so the derivative keeps its 1 (Xiong et al. 2020, arXiv
+    2002.04745)."""
 
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -384,98 +415,82 @@ class Block(nn.Module):
 class AdaptiveSoftmax(nn.Module):
     """The last layer, for a large V (Grave et al. 2016, arXiv 1609.04309).
 
-    Logits of all words would be most of the work of a step, and most words are rare. A word
-    takes two choices: a frequent word or a group of rarer ones; then, for a group, a word of it.
-    P(rare word) = P(group) · P(word in its group). In a group, the second P sum to 1: its words
-    get P(group) together, and all words 1. Word ids are sorted by frequency, so groups are ranges.
-    For V = 7 and the cutoffs 3 and 5, where wi has the id i, and g0 means w3 or w4:
+    It makes two choices. First: one of the most frequent words, or a group of other words. Then,
+    if it is a group: a word of that group. Probabilities of two choices are multiplied:
+
+        first choice (one softmax)                     second choice (one softmax per group)
+        w0 0.4   w1 0.2   w2 0.1
+        g0 0.2  ----------------------------------->   w3 0.5   w4 0.5   P(w3) = 0.2 · 0.5 = 0.1
+        g1 0.1  ----------------------------------->   w5 0.8   w6 0.2   P(w5) = 0.1 · 0.8 = 0.08
+
+    All P sum to 1: 0.4 + 0.2 + 0.1 + (0.1 + 0.1) + (0.08 + 0.02). Ids are sorted by frequency, so a
+    group is a range of ids. Here V = 7, and the cutoffs 3 and 5 are where g0 and g1 begin. The
+    weight has a row of C numbers for each word and each group. A logit is the product of x and a
+    row, plus the bias of the row, which learns how frequent the word is:
 
         row of the weight    0   1   2   3   4     5   6     7   8
         its logit is of     g0  g1  w0  w1  w2  |  w3  w4  |  w5  w6
-                            one softmax            another    another
 
-    A step needs the first softmax for each target, and another one only where the target is rare.
-    The rows of words are the token embedding as well (weight tying, Press and Wolf 2016, arXiv
-    1608.05859): one vector per word is learned, from reading and from predicting it."""
+    @@PARAMETERS@@"""
 
     def __init__(self, vocab_size, n_embed, cutoffs):
         super().__init__()
-        ids = isinstance(cutoffs, tuple) and all(type(i) is int and i > 0 for i in cutoffs)
-        rising = ids and list(cutoffs) == sorted(set(cutoffs))
-        check(rising, f"CUTOFFS = {cutoffs!r} must be (), or rising ids above 0")
-        edges = [*(cutoff for cutoff in cutoffs if cutoff < vocab_size), vocab_size]
-        self.cutoffs = edges[:-1]
-        sizes = [end - begin for begin, end in pairwise(edges)]  # of the groups
-        self.rows = [len(sizes) + edges[0], *sizes]  # of each softmax: 5, 2 and 2 above
+        self.cutoffs = [cutoff for cutoff in cutoffs if cutoff < vocab_size]
+        n_frequent, *sizes = [b - a for a, b in pairwise([0, *self.cutoffs, vocab_size])]
+        check(min([n_frequent, *sizes]) > 0, f"CUTOFFS = {cutoffs} must rise, from 1 on")
+        self.rows = [len(sizes) + n_frequent, *sizes]  # of each softmax: 5, 2 and 2 above
         self.weight = nn.Parameter(torch.empty(sum(self.rows), n_embed))  # LM fills it
         self.bias = nn.Parameter(torch.zeros(sum(self.rows)))
-        for group, size in enumerate(sizes):  # at first, a group is as likely as `size` words
-            nn.init.constant_(self.bias[group], math.log(size))
+        with torch.no_grad():  # at first, a group is as likely as all its words: e^(ln size) = size
+            self.bias[: len(sizes)] = torch.tensor(sizes).log()
 
     def embed(self, idx):
-        """Return the vectors of the tokens idx (B, T): (B, T, C). The rows of groups come first."""
-        return F.embedding(idx + len(self.cutoffs) * (idx >= 0), self.weight)  # < 0 must fail
+        """Return the rows of the tokens idx (B, T): (B, T, C). The rows of groups come first."""
+        return F.embedding(idx + len(self.cutoffs), self.weight)
 
-    def softmaxes(self):
-        """Return one (weight, bias) per softmax: its own rows of the whole."""
-        return [*zip(self.weight.split(self.rows), self.bias.split(self.rows), strict=True)]
+    def logits(self, x, i):
+        """Return the logits of one softmax, 0 for the first choice: (N, C) -> (N, its rows)."""
+        weight = self.weight.split(self.rows)[i]
+        bias = self.bias.split(self.rows)[i]
+        return multiply(x, weight, bias).float()  # x @ weight.T + bias: see behind the lesson
 
-    def logits(self, x, softmax):
-        """Return the logits of one softmax: (N, C) @ (C, its rows) -> (N, its rows)."""
-        # N varies: T, or the number of targets. PyTorch prepares a product anew for each new N,
-        # which costs time and memory. Zero rows to a multiple of 64: fewer Ns.
-        N = x.shape[-2]
-        return F.linear(F.pad(x, (0, 0, 0, -N % 64)), *softmax)[..., :N, :].float()
+    def forward(self, x):
+        """Return ln P of all words, (..., C) -> (..., V). Softmax makes P of it: it is logits."""
+        first = F.log_softmax(self.logits(x, 0), dim=-1)
+        groups, words = first.tensor_split([len(self.cutoffs)], dim=-1)
+        found = [words]
+        for i in range(len(self.cutoffs)):
+            inside = F.log_softmax(self.logits(x, i + 1), dim=-1)
+            found.append(groups[..., [i]] + inside)  # ln(a · b) = ln a + ln b
+        return torch.cat(found, dim=-1)
 
-    def forward(self, x, targets=None, each=False):
-        """Return (logits (B, T, V), None); with targets (None, loss); with each (hits, losses)."""
-        if targets is not None:
-            hits, losses = self.score(x, targets, with_hits=each)
-            return (hits, losses) if each else (None, losses.mean())
-        softmax, *others = self.softmaxes()
-        first = F.log_softmax(self.logits(x, softmax), dim=-1)
-        groups, frequent = first.tensor_split([len(self.cutoffs)], dim=-1)
-        # ln P(word) = ln P(group) + ln P(word in its group): (B, T, 1) + (B, T, words of the group)
-        # These can serve as logits: softmax(ln P) = P / (sum of all P) = P.
-        rare = [
-            groups[..., [i]] + F.log_softmax(self.logits(x, other), dim=-1)
-            for i, other in enumerate(others)
-        ]
-        return torch.cat([frequent, *rare], dim=-1), None
+    def losses(self, x, targets):
+        """Return -ln P of the targets (N,), for x (N, C). Most need the first softmax only."""
+        # group: 0 for a frequent word, 1 for a word of g0, 2 for one of g1.
+        group = torch.bucketize(targets, torch.tensor(self.cutoffs, device=x.device), right=True)
+        row = torch.where(group == 0, targets + len(self.cutoffs), group - 1)
+        losses = F.cross_entropy(self.logits(x, 0), row, reduction="none")  # of the first choice
+        for i, cutoff in enumerate(self.cutoffs):
+            chosen = (group == i + 1).nonzero().flatten()  # which targets are in this group
+            logits = self.logits(x[chosen], i + 1)
+            second = F.cross_entropy(logits, targets[chosen] - cutoff, reduction="none")
+            losses = losses.index_add(0, chosen, second)
+        return losses
 
-    def score(self, x, targets, with_hits=False):
-        """Return (hits, losses) of the N targets that are not -100; hits is None unless asked for.
-
-        A hit is a target that is the likeliest token of all. Both are (N,), bool and float32."""
-        real = targets != -100
-        x, targets, n_groups = x[real], targets[real], len(self.cutoffs)  # (N, C), (N,)
-        group = torch.full_like(targets, -1)  # -1: a frequent word
-        for cutoff in self.cutoffs:
-            group += targets >= cutoff  # each cutoff that is reached adds 1
-        softmax, *others = self.softmaxes()
-        first = F.log_softmax(self.logits(x, softmax), dim=-1)  # (N, groups and frequent words)
-        words = targets + n_groups * (targets >= 0)  # their rows; < 0 stays < 0, and fails
-        chosen = torch.where(group < 0, words, group)  # the word, or its group
-        losses = F.nll_loss(first, chosen, reduction="none")  # -first[chosen]: -ln P of it
-        for g, cutoff in enumerate(self.cutoffs):
-            rows = (group == g).nonzero().flatten()
-            second = self.logits(x[rows], others[g])
-            inside = F.cross_entropy(second, targets[rows] - cutoff, reduction="none")
-            losses = losses.index_add(0, rows, inside)  # -ln P(word in its group)
-        if not with_hits:
-            return None, losses
-        # Skip this at the first reading: it finds hits without most logits. A frequent target must
-        # be the best frequent word. A rare one (-losses is ln P) must be likelier than that word.
-        best, guess = first[:, n_groups:].max(-1)  # ln P of the likeliest word so far, and its id
-        hits = torch.where(group < 0, guess == targets, -losses > best)
-        for g, cutoff in enumerate(self.cutoffs):
-            # Only a group that is likelier than any word so far can contain a likelier word.
-            rows = (hits & (first[:, g] > best)).nonzero().flatten()
-            inside, word = F.log_softmax(self.logits(x[rows], others[g]), dim=-1).max(-1)
-            likelier = first[rows, g] + inside > best[rows]
-            best[rows] = torch.where(likelier, first[rows, g] + inside, best[rows])
-            guess[rows] = torch.where(likelier, cutoff + word, guess[rows])
-        return hits & (guess == targets), losses
+    def guess(self, x):
+        """Return the most likely token (N,) for each x (N, C)."""
+        first = F.log_softmax(self.logits(x, 0), dim=-1)
+        groups, words = first.tensor_split([len(self.cutoffs)], dim=-1)
+        best, guess = words.max(-1)  # ln P of the most likely word so far, and its id
+        for i, cutoff in enumerate(self.cutoffs):
+            # A word has at most the P of its group. So only likelier groups are looked into.
+            chosen = (groups[:, i] > best).nonzero().flatten()
+            inside, word = F.log_softmax(self.logits(x[chosen], i + 1), dim=-1).max(-1)
+            inside += groups[chosen, i]
+            likelier = inside > best[chosen]
+            best[chosen[likelier]] = inside[likelier]
+            guess[chosen[likelier]] = cutoff + word[likelier]
+        return guess
 
 
 class LM(nn.Module):
@@ -486,116 +501,121 @@ class LM(nn.Module):
     def __init__(self, vocab_size, block_size, n_embed, n_heads, n_layers, dropout, cutoffs=()):
         super().__init__()
         self.config = dict(vocab_size=vocab_size, block_size=block_size, n_embed=n_embed,
-                           n_heads=n_heads, n_layers=n_layers, dropout=dropout)  # fmt: skip
-        self.config["cutoffs"] = cutoffs
+                           n_heads=n_heads, n_layers=n_layers, dropout=dropout,
+                           cutoffs=cutoffs)  # fmt: skip
         self.block_size = block_size
         self.position_embedding = nn.Embedding(block_size, n_embed)  # one row per position
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(*(Block(n_embed, n_heads, dropout) for _ in range(n_layers)))
+        blocks = [Block(n_embed, n_heads, dropout) for _ in range(n_layers)]
+        self.blocks = nn.Sequential(*blocks)  # calls one after the other
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = AdaptiveSoftmax(vocab_size, n_embed, cutoffs)  # embeds the tokens as well
         # Small parameters make small logits, so nearly equal probabilities: the loss starts just
-        # above ln V, thanks to the groups' biases. Positions of std 1 would hide such small words.
+        # above ln V. The rows are also the vectors of the tokens. PyTorch's default for positions,
+        # 1, would be 50 times as large: the sum of both would hardly show which token it is.
         nn.init.normal_(self.lm_head.weight, std=0.02)  # 0.02 as in GPT-2
-        nn.init.normal_(self.position_embedding.weight, std=0.02)  # by default 1
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
 
-    def forward(self, idx, targets=None, each=False):
-        """Return (logits (B, T, V), None) for idx (B, T), or with targets (B, T), (None, loss).
-
-        For the loss, most logits are not computed at all. With `each`, it returns the hits and
-        losses of real targets instead: see AdaptiveSoftmax.score.
-        The loss is the mean of -ln(softmax(logits)[target]) in nats; it skips targets of -100."""
-        check(0 < idx.shape[1] <= self.block_size, f"T must be 1 to block_size = {self.block_size}")
+    def hidden(self, idx):
+        """Return what the output layer gets, for token ids (B, T): (B, T, C)."""
+        T = idx.shape[1]
+        check(0 < T <= self.block_size, f"T = {T} must be 1 to block_size = {self.block_size}")
         # autocast: products in bfloat16 (8 bits of precision, not 24), twice as fast in hardware.
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=has_bfloat16(idx.device)):
-            # An average does not depend on the order of its terms: without positions, block 1 would
-            # give c the same result in a b c and b a c. (B, T, C) + (T, C) -> (B, T, C)
-            x = self.lm_head.embed(idx) + self.position_embedding.weight[: idx.shape[1]]
-            x = self.ln_f(self.blocks(self.dropout(x)))
-            return self.lm_head(x, targets, each)
+            # An average does not depend on the order of its terms: attention alone would make the
+            # same of "ab" and "ba" in front of a token. So each position adds a vector of its own.
+            # (B, T, C) + (T, C) -> (B, T, C)
+            x = self.lm_head.embed(idx) + self.position_embedding.weight[:T]
+            return self.ln_f(self.blocks(self.dropout(x)))
+
+    def forward(self, idx, targets=None):
+        """Return (logits (B, T, V), None) for idx (B, T), or with targets (B, T), (None, loss).
+
+        The loss is the mean of -ln(softmax(logits)[target]) in nats; it skips targets of -100. It
+        does not need most logits, so they are not computed."""
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x), None
+        counted = targets != -100
+        return None, self.lm_head.losses(x[counted], targets[counted]).mean()
 
 
 # --- 4. Training ----------------------------------------------------------------------------------
-@torch.no_grad()  # gradients would take time and memory
-def estimate_loss(model, split, batch_size, eval_iters=None):
-    """Return {"loss": nats per token, "known": the same without <unk>, "accuracy"} for a split.
+@torch.no_grad()  # do not remember how results were computed: it takes time and memory
+def estimate_loss(model, tokens, batch_size, eval_iters=None):
+    """Return {"loss": nats per token, "known": the same without <unk>, "accuracy"} of tokens (N,).
 
-    Documents are cut into windows side by side. Each token but a document's first is a target once.
-    With `eval_iters`, at most that many batches are used, evenly spread: no randomness."""
+    @@METRICS@@
+
+    Each document is cut into windows side by side, so each of its tokens but the first is a target
+    once. With `eval_iters`, at most that many batches are used, evenly spread. No random number is
+    drawn."""
     model.eval()  # switches dropout off: the whole model is measured
-    T, device = model.block_size, next(model.parameters()).device
-    documents = pairwise(split[1].tolist())  # <eos>, at end - 1, begins no window
-    starts = torch.tensor([[s] for begin, end in documents for s in range(begin, end - 1, T)])
-    if eval_iters is not None and len(starts) > eval_iters * batch_size:
-        starts = starts[torch.linspace(0, len(starts) - 1, eval_iters * batch_size).long()]
-    (x, y), scores = cut_windows(split, starts, T), []
-    for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        scores.append(model(xs.to(device), ys.to(device), each=True))
-    hits, losses = (torch.cat(part).cpu().double() for part in zip(*scores, strict=True))
-    known = losses[y[y != -100] != Tokenizer.unk]
-    means = {"loss": losses.mean(), "known": known.mean(), "accuracy": hits.mean()}
+    T = model.block_size
+    device = next(model.parameters()).device
+    edges = [0, *((tokens == Tokenizer.eos).nonzero().flatten() + 1).tolist()]
+    windows = []  # (where a window starts, where its document ends)
+    for begin, end in pairwise(edges):
+        windows += [(start, end) for start in range(begin, end - 1, T)]  # end - 1 is the <eos>
+    n_windows = len(windows)
+    n_used = n_windows if eval_iters is None else min(n_windows, eval_iters * batch_size)
+    used = torch.tensor([windows[i * n_windows // n_used] for i in range(n_used)])
+    losses, hits, known = [], [], []
+    for some in used.split(batch_size):
+        starts, ends = some.split(1, dim=1)  # (B, 2) -> two (B, 1)
+        x, y = cut_windows(tokens, starts, ends, T)
+        x, y = x.to(device), y.to(device)
+        hidden = model.hidden(x)[y != -100]  # (B, T, C) -> (number of targets, C)
+        targets = y[y != -100]
+        losses.append(model.lm_head.losses(hidden, targets))
+        hits.append(model.lm_head.guess(hidden) == targets)
+        known.append(targets != Tokenizer.unk)
+    losses = torch.cat(losses).cpu().double()
+    means = {
+        "loss": losses.mean(),
+        "known": losses[torch.cat(known).cpu()].mean(),
+        "accuracy": torch.cat(hits).double().mean(),
+    }
     return {name: mean.item() for name, mean in means.items()}
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
-
-    A matrix stretches each direction of space by some factor. Its gradient, also a matrix, mostly
-    has few large ones: steps along it learn in few directions. Muon makes them about equal."""
-
-    @torch.no_grad()
-    def step(self):
-        """Change every matrix p. `backward` has filled p.grad; train_step sets the rate, "lr"."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                average.lerp_(p.grad, 0.05)  # in place (_): 0.95 · old average + 0.05 · gradient
-                update = orthogonalize(p.grad.lerp(average, 0.95))  # a little more of the new one
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                # Entries are about 1/√max(shape): now 0.2 · lr (Liu et al. 2025, arXiv 2502.16982).
-                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
-
-
-def orthogonalize(matrix):
-    """Return the matrix with its factors (singular values) about equal: 100, 10, 1 end near 0.7.
-
-    >>> [round(x, 1) for x in orthogonalize(torch.tensor([100.0, 10, 1]).diag()).diag().tolist()]
-    [0.7, 0.7, 0.7]
-
-    A round (Newton-Schulz) maps s to 3.4445 s - 4.775 s³ + 2.0315 s⁵: small s grow, 1 falls."""
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalize(matrix.T).T  # the same result, from smaller products
-    x = matrix.bfloat16() if has_bfloat16(matrix.device) else matrix
-    x = x / x.norm().clamp(min=1e-7)  # norm² is the sum of all factors²: now none is above 1
-    for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    return x.to(matrix.dtype)
-
-
 def make_optimizers(model):
-    """Return [AdamW, Muon]: the rules that turn gradients into changes of the parameters.
+    """Return a list of optimizers, the rules that turn gradients into changes of the parameters.
 
-    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) averages the gradients g of a parameter,
-    and their squares, and moves it by -rate · mean(g) / √mean(g²): tiny gradients move it as far as
-    large ones. Muon takes the matrices of the blocks. In char_gpt.py with 400 steps, the loss is
-    1.73, and with AdamW alone 1.89. Both shrink matrices (WEIGHT_DECAY) against overfitting."""
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) averages the recent gradients g of a
+    parameter, and their squares, and moves it by -rate · mean(g) / √mean(g²). If g is always 0.001,
+    the quotient is 0.001 / 0.001 = 1. If g is always 100, it is 1 as well: small gradients move a
+    parameter as far as large ones. If g is 1 and -1 in turn, mean(g) is about 0, and it stays.
+
+    WEIGHT_DECAY also makes matrices a little smaller in each step. A small matrix turns a small
+    difference of two inputs into a small difference of its results. To know single sentences by
+    heart takes large ones."""
+    by_muon = []
+    if MUON:  # behind the lesson: another rule, for the matrices of the blocks
+        by_muon = [p for p in model.blocks.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in by_muon)]
     decay = {"params": [p for p in others if p.dim() == 2], "weight_decay": WEIGHT_DECAY}
     no_decay = {"params": [p for p in others if p.dim() != 2], "weight_decay": 0.0}
     adamw = torch.optim.AdamW([decay, no_decay], betas=BETAS, fused=True)
-    return [adamw, Muon(matrices, {"weight_decay": WEIGHT_DECAY})]
+    return [adamw, Muon(by_muon, WEIGHT_DECAY)] if by_muon else [adamw]
 
 
 def get_lr(step, max_iters, peak):
     """Return the learning rate of a step: a line up to the peak, then one down to FINAL_LR · peak.
 
     It rises because the optimizers' first averages cover few gradients, and are noisy. It falls
-    because with large steps the parameters keep jumping around the minimum; small ones settle."""
+    because with large steps the parameters keep jumping around the minimum; small ones settle.
+    With 100 steps and a peak of 1, the rates of steps 0, 9, 10 and 99 are:
+
+    >>> [round(get_lr(step, 100, 1.0), 3) for step in (0, 9, 10, 99)]
+    [0.1, 1.0, 0.989, 0.011]
+
+    More steps make a longer line: a run that is resumed with more begins at a higher rate again."""
     warmup = max(1, min(WARMUP_ITERS, max_iters // 10))  # a short run has no time for more
-    left = (max_iters - step) / (max_iters - warmup + 1)  # from 1, at the peak, towards 0
-    return peak * min((step + 1) / warmup, FINAL_LR + (1 - FINAL_LR) * left)
+    if step < warmup:
+        return peak * ((step + 1) / warmup)
+    left = (max_iters - step) / (max_iters - warmup + 1)  # just below 1 at first, near 0 at the end
+    return peak * (FINAL_LR + (1 - FINAL_LR) * left)
 
 
 def train_step(model, optimizers, x, y, lr):
@@ -605,57 +625,44 @@ def train_step(model, optimizers, x, y, lr):
     2 - 0.1 · 4 = 1.6, and the loss falls from 4 to 2.56."""
     model.train()  # switches dropout on
     _, loss = model(x, y)
-    loss.backward()  # computes the gradient: d loss / d parameter, for every parameter
-    nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP or math.inf)  # limits its size
+    # PyTorch remembers how the loss was computed from the parameters, operation by operation. So
+    # backward can go back from the loss, and find d loss / d parameter for every parameter.
+    loss.backward()
+    if GRADIENT_CLIP is not None:  # AdamW's averages know a sudden long gradient too late
+        nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()  # changes the parameters, against the gradient
         optimizer.zero_grad()  # otherwise the next gradient would be added to this one
-    return loss.detach()
+    return loss.detach()  # the number alone, without what is remembered
 
 
-def train(model, tokenizer, splits, flags, text_id):
-    """Train. Every EVAL_INTERVAL steps, print the losses of both `splits` and a sample, and save.
+def train(model, tokenizer, optimizers, splits, run):
+    """Train up to step run["max_iters"]. Evaluate and save at every EVAL_INTERVAL steps.
 
-    --resume goes on; with the same --max-iters, to the same end, bit for bit. Then the model
-    has the best of its saved parameters, by validation loss. Return {"steps", "seconds", ...}."""
-    optimizers, device = make_optimizers(model), next(model.parameters()).device
-    step, history = load_training_state(optimizers, text_id) if flags.resume else (0, {})
-    check(step < flags.max_iters, f"{step:,} steps are done: raise --max-iters to go on")
-    first_step, stop, speed, start = step, [], 0.0, time.perf_counter()
-    # A fresh run that is stopped early must not replace what an earlier run saved.
-    first_save = step + 1 if flags.resume else min(EVAL_INTERVAL, flags.max_iters)
-
-    def on_ctrl_c(signum, frame):  # lets the step end, puts back what interrupts at once
-        stop.append(signum)
-        signal.signal(signal.SIGINT, previous)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()  # only it gets signals
-    previous = signal.signal(signal.SIGINT, on_ctrl_c) if in_main_thread else None
+    The file of the run has the last parameters, and the best ones by validation loss. (Since that
+    text chooses them, its loss flatters them a little.) UserError: a loss is not finite."""
+    device = next(model.parameters()).device
+    peak = LEARNING_RATE if MUON else ADAMW_LEARNING_RATE
+    start = time.perf_counter() - run["seconds"]  # as if earlier parts had just ended
     try:
-        while True:
-            done = stop or step >= flags.max_iters
-            if done or step % EVAL_INTERVAL == 0 or not history:
-                history[step] = evaluate(model, tokenizer, splits, flags.prompt, step)
-                if step >= first_save:
-                    save_run(model, tokenizer, optimizers, history, text_id, start)
-            if done:
+        for step in range(run["step"], run["max_iters"] + 1):
+            is_due = step % EVAL_INTERVAL == 0 or step == run["max_iters"]
+            if is_due and step not in run["history"]:
+                run["history"][step] = evaluate(model, tokenizer, splits, run["prompt"], step)
+                if step > run["step"]:  # not at the beginning: nothing is learned yet
+                    save_step(run, step, model, optimizers, time.perf_counter() - start)
+            if step == run["max_iters"]:
                 break
-            torch.manual_seed(flags.seed * 1_000_000 + step)  # same step, same random numbers
+            torch.manual_seed(run["seed"] * 1_000_000 + step)  # same step, same random numbers
             x, y = get_batch(splits["train"], BATCH_SIZE, model.block_size, device)
-            loss = train_step(model, optimizers, x, y, get_lr(step, flags.max_iters, LEARNING_RATE))
-            step += 1
-            speed = (step - first_step) * y.numel() / (time.perf_counter() - start)
-            show_progress(step, loss, speed, (flags.max_iters - step) * y.numel())
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, previous)
-    if step >= first_save:
-        model.load_state_dict(load_checkpoint(f"{NAME}.pt", device)[0].state_dict())
-    else:
-        print("stopped before the first save: no file was written, the sample is of this model")
-    return {"steps": step, "seconds": time.perf_counter() - start, "tokens_per_second": speed}
+            loss = train_step(model, optimizers, x, y, get_lr(step, run["max_iters"], peak))
+            show_progress(run, step, loss, time.perf_counter() - start)
+    except KeyboardInterrupt:  # Ctrl-C: main goes on with what was saved last
+        if run["path"] is None:
+            raise
+        print(f"\nstopped at step {step}: going on with what is in {run['path']}", flush=True)
 
 
 # --- 5. Generation --------------------------------------------------------------------------------
@@ -676,13 +683,19 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     >>> next_token_probabilities(three, top_k=2), next_token_probabilities(three, top_p=0.4)
     (tensor([0.6250, 0.3750, 0.0000]), tensor([1., 0., 0.]))
     """
-    V, logits = len(logits), logits.float().cpu()  # on the CPU: on Apple's mps, draws were invalid
+    check(temperature >= 0, f"TEMPERATURE = {temperature} must be 0 or more")
+    V = len(logits)
+    logits = logits.float().cpu()  # on Apple's mps, draws were invalid
+    if temperature == 0:
+        return F.one_hot(logits.argmax(), V).float()
     # The largest logit becomes 0 first: the result is the same, and nothing can overflow.
-    probabilities = F.softmax((logits - logits.max()) / max(temperature, 1e-9), dim=-1)
+    probabilities = F.softmax((logits - logits.max()) / temperature, dim=-1)
+    if top_k is None and top_p is None:
+        return probabilities
     kept, ids = probabilities.topk(min(top_k or V, V))  # the most likely ones, in falling order
     if top_p is not None:
-        # Drop a token if those before it reach top_p. kept[1:] is a view: kept changes.
-        kept[1:][kept.cumsum(0)[:-1] >= top_p * kept.sum()] = 0
+        before = kept.cumsum(0) - kept  # what the likelier tokens have together
+        kept = kept.masked_fill(before >= top_p * kept.sum(), 0)
     return torch.zeros(V).scatter(0, ids, kept / kept.sum())  # each back to its own place
 
 
@@ -691,9 +704,10 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     """Yield new token ids that continue the list `ids`. The model sees only the last T tokens."""
     check(len(ids) > 0, "the prompt has no token: give some text to continue")
     ids = [int(i) for i in ids]
+    device = next(model.parameters()).device
     model.eval()  # switches dropout off
     for _ in range(max_new_tokens):
-        idx = torch.tensor([ids[-model.block_size :]], device=next(model.parameters()).device)
+        idx = torch.tensor([ids[-model.block_size :]], device=device)
         logits, _ = model(idx)  # (1, T) -> (1, T, V); only the last position predicts a new token
         logits[..., [Tokenizer.pad, Tokenizer.unk]] = -math.inf  # no words: they are never drawn
         probabilities = next_token_probabilities(logits[0, -1], temperature, top_k, top_p)
@@ -707,28 +721,28 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 def beam_search(model, ids, max_new_tokens, beams):
     """Return (new ids, ln of their probability): the likeliest continuation that the search finds.
 
-    The likeliest next token can lead to unlikely texts. So the `beams` likeliest texts are all
-    continued, and of all continuations the likeliest `beams` are kept. One beam is the greedy
-    choice. A phrase that fits any film is likely, a special detail is not: the result is dull. It
-    repeats itself: what was likely once is so again. People do not write what is likeliest
-    (Holtzman et al. 2019). Short texts win: each token makes a text less likely."""
+    @@BEAMS@@"""
     check(len(ids) > 0, "the prompt has no token: give some text to continue")
+    device = next(model.parameters()).device
     model.eval()  # switches dropout off
-    kept = [(0.0, [])]  # (ln of the probability, new ids), the likeliest first
+    kept = [(0.0, [])]  # (ln P of the new ids together, new ids), the likeliest first
     for _ in range(max_new_tokens):
-        candidates = [text for text in kept if text[1][-1:] == [Tokenizer.eos]]  # these have ended
-        if kept[0] in candidates:
-            break  # the others can only become less likely than they are
+        candidates = []
         for score, new in kept:
-            if new[-1:] != [Tokenizer.eos]:
-                idx = torch.tensor([[*ids, *new][-model.block_size :]])
-                logits, _ = model(idx.to(next(model.parameters()).device))
-                logits[0, -1, [Tokenizer.pad, Tokenizer.unk]] = -math.inf
-                best = F.log_softmax(logits[0, -1], dim=-1).topk(min(beams, logits.shape[-1] - 2))
-                for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                    candidates.append((score + value, [*new, token]))
+            if new and new[-1] == Tokenizer.eos:  # this text has ended
+                candidates.append((score, new))
+                continue
+            idx = torch.tensor([[*ids, *new][-model.block_size :]], device=device)
+            logits = model(idx)[0][0, -1]
+            logits[[Tokenizer.pad, Tokenizer.unk]] = -math.inf
+            best = F.log_softmax(logits, dim=-1).topk(min(beams, len(logits) - 2))
+            for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                candidates.append((score + value, [*new, token]))  # ln(a · b) = ln a + ln b
         kept = sorted(candidates, reverse=True)[:beams]
-    return kept[0][1], kept[0][0]
+        score, new = kept[0]
+        if new[-1] == Tokenizer.eos:
+            break  # the others can only become less likely than they are
+    return new, score
 
 
 @torch.no_grad()
@@ -736,7 +750,11 @@ def attention_weights(model, ids):
     """Return the weights of the attention for a list of at most T ids: for each block, (H, T, T).
 
     Row t tells how position t weighs the positions 0 to t; its sum is 1. Head returns weights @ v.
-    With the identity matrix as v of all heads, that is the weights: Head need not change."""
+    If v is the identity matrix, this is the weights themselves:
+
+        0.9  0.1      1  0      0.9  0.1
+        0.3  0.7  @   0  1  =   0.3  0.7
+    """
     found = []
 
     # A hook: PyTorch calls look(head, inputs, output) after each call of a Head.
@@ -744,36 +762,338 @@ def attention_weights(model, ids):
         """Call a Head that has just worked on q, k, v (1, H, T, hs) once more, with another v."""
         q, k, _ = inputs
         identity = torch.eye(len(ids), device=q.device)
-        # head(...) would call this function again, without end; head.forward(...) does not. No
-        # bfloat16: it would round the weights to 2 digits.
+        # head(...) would call this function again, without end; head.forward(...) does not. In
+        # bfloat16, the weights would have 2 digits only.
         with torch.autocast(q.device.type, enabled=False):
             found.append(head.forward(q.float(), k.float(), identity)[0].cpu())
 
     model.eval()  # switches dropout off
     hooks = [block.attention.head.register_forward_hook(look) for block in model.blocks]
-    model(torch.tensor([ids], device=next(model.parameters()).device))
-    for hook in hooks:
-        hook.remove()
+    try:
+        model.hidden(torch.tensor([ids], device=next(model.parameters()).device))
+    finally:  # whatever happens, the model is left as it was
+        for hook in hooks:
+            hook.remove()
     return found
 
 
-# Try this, one edit at a time, with --max-iters 300 (unchanged: a loss of 5.9435 in 1 min 43 s):
-# - MIN_FREQ = 500: 4.3052 in 52 s. It looks better, but now 18% of the words are <unk>.
-# - CUTOFFS = (): 5.9152 in 5 min 37 s. The loss is hardly lower, for three times the time.
-# - TEMPERATURE = 0: "... i was a good movie i was a good movie i was ...": greedy is dull.
+# Try this, one edit at a time, with --max-iters 300, and compare with --runs. @@TRY@@
 
 
-# --- 6. Files. The lesson ends here: what follows are files, flags and errors. --------------------
+# --- The lesson ends here. What follows: a better optimizer, files, flags and errors. -------------
+# --- 6. Muon: for those who want to know ----------------------------------------------------------
+# A matrix W turns a vector x into x W. It makes some vectors longer than others. For example, let W
+# have the rows (5.5, 4.5) and (4.5, 5.5). Then (1, 1) W = (10, 10): in the direction of (1, 1), the
+# factor is 10. And (1, -1) W = (1, -1): in that direction, it is 1. A matrix of 128 × 384 numbers
+# has 128 such directions with their factors, the singular values.
+#
+# Let this W be the gradient of a layer's matrix. The factor is large for (1, 1) if many inputs of
+# the batch lie in that direction. Three optimizers make different steps of this gradient:
+#
+#                plain gradient     AdamW, first step     Muon
+#                5.5  4.5           1  1                  0.7  0.0
+#                4.5  5.5           1  1                  0.0  0.7
+#     factors    10 and 1           2 and 0               0.7 and 0.7
+#
+# The rate must be small enough for the largest factor, so a plain step learns little for (1, -1).
+# AdamW makes the numbers of the matrix equal, not its factors: here it learns nothing for (1, -1).
+# Muon makes the factors equal: it learns as much for rare directions as for frequent ones.
+# @MUONGAIN@
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
+
+    It averages the gradients of each matrix, and makes the factors of the average about equal."""
+
+    def __init__(self, matrices, weight_decay):
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        """Change every matrix. `backward` has filled its `grad`; train_step has set "lr"."""
+        for group in self.param_groups:  # a dict: the matrices, "lr" and "weight_decay"
+            for p in group["params"]:
+                if p.grad is None:  # frozen or not used: left alone, as AdamW does
+                    continue
+                state = self.state[p]  # a dict of our own for each matrix
+                if "average" not in state:
+                    state["average"] = torch.zeros_like(p)
+                average = state["average"]
+                average.lerp_(p.grad, 0.05)  # in place (_): 0.95 · old average + 0.05 · gradient
+                # 0.95 · average + 0.05 · gradient: the newest gradient counts about twice.
+                update = orthogonalize(p.grad.lerp(average, 0.95))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                # If all factors are 1, the squares of the r · c numbers sum to r, for r <= c: each
+                # is about 1/√c. Those of AdamW's step are about 0.2. With the factor 0.2 · √c, one
+                # rate fits both (Liu et al. 2025, arXiv 2502.16982).
+                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonalize(matrix):
+    """Return the matrix with its factors (singular values) about equal, near 1.
+
+    >>> orthogonalize(torch.tensor([[5.5, 4.5], [4.5, 5.5]])).mul(10).round().abs().tolist()
+    [[7.0, 0.0], [0.0, 7.0]]
+
+    x xᵀ x has the directions of x. Each factor s becomes s³: above, (1, 1) is multiplied by 10
+    three times. So a x + b x xᵀ x + c x xᵀ x xᵀ x turns each s into a s + b s³ + c s⁵, and one need
+    not know the directions. With 3.4445, -4.775 and 2.0315 for a, b, c, a small s grows to 3.4 s,
+    and an s near 1 stays between 0.6 and 1.2. Five rounds of it (Newton-Schulz) are enough:
+
+        s = 1       0.70  1.11  0.72  1.09  0.70
+        s = 0.01    0.03  0.12  0.40  1.09  0.70
+
+    First, the matrix is divided by its norm, so that no factor is above 1: norm² is the sum of the
+    squares of all numbers, and of all factors. Above, it is 101 = 10² + 1²."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalize(matrix.T).T  # the same result, from smaller products
+    x = matrix.bfloat16() if has_bfloat16(matrix.device) else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.to(matrix.dtype)
+
+
+# --- 7. Runs and other files ----------------------------------------------------------------------
+# A run is a dict, and the file that holds it: NAME-1.pt, the next one NAME-2.pt. It has all that is
+# needed to generate, to train further and to compare. No run overwrites the file of another one.
+
+
+def find_runs():
+    """Return {number: path} of this folder's files NAME-NUMBER.pt, the newest last."""
+    found = {}
+    for path in Path().glob("*.pt"):
+        match = re.fullmatch(r"(.+)-([1-9][0-9]*)", path.stem)
+        if match and match[1] == NAME:
+            found[int(match[2])] = path
+    return dict(sorted(found.items()))
+
+
+def saved_runs():
+    """Return the paths of this folder's runs, the newest last. UserError: there is none."""
+    paths = [path for path in find_runs().values() if path.stat().st_size > 0]  # 0: a killed one
+    check(paths, f"no run here: python {NAME}.py first")
+    return paths
+
+
+def take_number():
+    """Create the next NAME-NUMBER.pt, still empty, and return its path."""
+    path = Path(f"{NAME}-{max(find_runs(), default=0) + 1}.pt")
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:  # another run was faster
+        return take_number()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    return path
+
+
+def new_run(documents, flags, device):
+    """Return (run, model, tokenizer) at the beginning of a training."""
+    run = {
+        "script": NAME,
+        "path": None,  # it gets a file at the first save
+        "text_id": None,  # see name_text
+        "seed": int(SEED if flags.seed is None else flags.seed),
+        "max_iters": int(MAX_ITERS),
+        "step": 0,  # the last one that was saved
+        "best_step": None,  # the one with the lowest validation loss
+        "history": {},  # {step: {split: {"loss": nats per token}}}
+        "val_loss": None,  # exact, of the best parameters, after training
+        "seconds": 0.0,  # of training, all parts added
+        "constants": constants(),
+        "cleaning": CLEANING,
+    }
+    check(0 <= run["seed"] < 2**32, f"SEED = {run['seed']} must be 0 to 2**32 - 1")
+    torch.manual_seed(run["seed"])
+    tokenizer = Tokenizer(build_vocabulary(documents["train"], MIN_FREQ), CLEANING)
+    sizes = BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT, CUTOFFS
+    model = LM(tokenizer.vocab_size, *sizes).to(device)
+    run["vocabulary"] = tokenizer.vocabulary
+    # A NumPy number has `item`, which makes a number of Python's: a file holds no others.
+    run["config"] = {k: v.item() if hasattr(v, "item") else v for k, v in model.config.items()}
+    return run, model, tokenizer
+
+
+def constants():
+    """Return {name: value as text} of the constants in force, and a hash of the code behind."""
+    simple = (numbers.Number, str, tuple, type(None))
+    found = {}
+    for name, value in globals().items():
+        if name.isupper() and isinstance(value, simple):
+            found[name] = str(value)
+    if os.path.isfile(globals().get("__file__", "")):  # a notebook has no __file__
+        code = Path(__file__).read_text(encoding="utf-8").partition("\n# --- 2.")[2]
+        found["code"] = sha256(code.encode()).hexdigest()
+    return found
+
+
+def differences(new, old):
+    """Return {name: value} of what has another value in `old`."""
+    return {name: value for name, value in new.items() if old.get(name) != value}
+
+
+def resume(run, model, optimizers, flags):
+    """Set up model and optimizers as they were at the last save. Say which constants differ."""
+    model.load_state_dict(run["last"])
+    if flags.seed is not None:
+        run["seed"] = flags.seed
+    if run["optimizer_names"] == [type(optimizer).__name__ for optimizer in optimizers]:
+        for optimizer, state in zip(optimizers, run["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    else:
+        print(f"the run had {run['optimizer_names']}: the averages of other optimizers start anew")
+    sizes = ("BLOCK_SIZE", "N_EMBED", "N_LAYERS", "N_HEADS", "DROPOUT", "SEED", "MAX_ITERS")
+    edited = differences(constants(), run["constants"])
+    kept = [name for name in edited if name in sizes]
+    used = {name: value for name, value in edited.items() if name not in sizes}
+    if edited:
+        print(f"edited since: {', '.join(kept) or 'nothing'} (the run's values are kept)", end="; ")
+        print(f"{', '.join(used) or 'nothing'} (the script's are used from now on)")
+    run["constants"] |= used
+
+
+def name_text(run, path, text, cut):
+    """Say in the run which text it is of. If it was another one, the run gets a new number."""
+    text_id = f"{sha256(text.encode()).hexdigest()} {cut}"
+    if run["text_id"] not in (None, text_id):
+        print(f"{run['path']} is of another text, or another part of it: a new number")
+        run |= {"path": None, "best_step": None, "history": {}}
+    start = text.strip().partition("\n")[0]
+    run |= {"text_id": text_id, "text": path.name, "start": start[:20]}
+
+
+def save_step(run, step, model, optimizers, seconds):
+    """Write the run with what it has reached in a step."""
+    weights = model.state_dict()  # torch.compile adds a prefix
+    weights = {name.removeprefix("_orig_mod."): p for name, p in weights.items()}
+    run |= {"step": step, "seconds": seconds, "val_loss": None, "last": weights}
+    run["optimizers"] = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    run["optimizer_names"] = [type(optimizer).__name__ for optimizer in optimizers]
+    best = run["best_step"]
+    if best is None or estimate(run, step) < estimate(run, best):
+        run["best_step"] = step
+        run["best"] = copy.deepcopy(weights)
+    write_run(run)
+
+
+def estimate(run, step):
+    """Return the validation loss that was estimated at a step."""
+    return run["history"][step]["val"]["loss"]
+
+
+def write_run(run):
+    """Write a run to its file, and draw its plot. The first time, it gets a number."""
+    path = run["path"] or take_number()
+    try:
+        write_file(path, lambda part: torch.save(run | {"path": None}, part))
+    finally:
+        if path.stat().st_size == 0:  # its first save failed
+            path.unlink()
+    run["path"] = path
+    try:
+        draw_run(run)
+    except Exception as error:  # a viewer holds the picture, matplotlib is broken: go on
+        print(f"no picture of {path}: {error}")
+
+
+def read_run(path, mmap=False):
+    """Return the run of a file. With mmap, its tensors are read when they are used."""
+    run = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)  # it can run no code
+    check(run["script"] == NAME, f"it is of {run['script']}.py")
+    return run | {"path": Path(path)}
+
+
+def load_run(path, device, mmap=False):
+    """Return (run, model with its best parameters, tokenizer). UserError: no run of this script."""
+    check(os.path.isfile(path), f"there is no file {path}")
+    try:
+        run = read_run(path, mmap)
+        tokenizer = Tokenizer(run["vocabulary"], run["cleaning"])
+        model = LM(**run["config"])
+        model.load_state_dict(run["best"])
+    except Exception as error:  # a file can be damaged in any way
+        reason = " ".join(repr(error).split())[:99]
+        kinds = "does not fit this script (edited since?), is of another script, or damaged"
+        raise UserError(f"{path} {kinds}: {reason}") from error
+    return run, model.to(device), tokenizer
+
+
+def summary(run):
+    """Return steps, loss and time of a run as text. Its loss is exact, or an estimate: ~1.5."""
+    loss = run["val_loss"]
+    words = f"~{estimate(run, run['best_step']):.4f}" if loss is None else f"{loss:.4f}"
+    return f"{run['step']:,} steps  {words:>7}  {run['seconds']:,.0f} s"
+
+
+def list_runs():
+    """Print a line for each run of this folder, with what differs from the first one."""
+    first = None
+    for path in saved_runs():
+        try:
+            run = read_run(path, mmap=True)
+        except Exception as error:
+            print(f"{path}  cannot be read: {error!r:.50}")
+            continue
+        first = first or run["constants"]
+        changes = differences(run["constants"], first)
+        edits = [f"{name} = {value}" for name, value in changes.items() if name != "code"]
+        if "code" in changes and "code" in first:
+            edits.append("code edited")
+        size = path.stat().st_size / 1e6
+        print(f"{path}  {run['text']}  {summary(run)}  {size:,.0f} MB  {', '.join(edits)}")
+
+
+def draw_run(run):
+    """Draw the losses of a run into a picture beside its file."""
+    if "ipykernel" not in sys.modules:  # `!python` in a notebook inherits a backend, but not
+        os.environ.pop("MPLBACKEND", None)  # the package that it is in
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for split, style in (("train", "--"), ("val", "-")):
+        losses = [entry[split]["loss"] for entry in run["history"].values()]
+        axes.plot(list(run["history"]), losses, style, label=f"{split} (estimated)")
+    axes.axhline(math.log(run["config"]["vocab_size"]), color="gray", label="uniform guess: ln V")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=summary(run))
+    axes.legend()
+    picture = run["path"].with_suffix(".png")
+    write_file(picture, lambda part: figure.savefig(part, format="png", dpi=120))
+
+
+def write_file(path, write):
+    """Let `write` fill PATH.PID.part, then move it to `path`: a kill leaves no half of a file."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
+        raise UserError(f"cannot write {path} (a full disk?): {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_leftovers(pattern):
+    """Remove files PATH.PID.part whose process was killed, where /proc knows who is alive."""
+    for part in Path().glob(pattern):
+        process = Path("/proc") / part.suffixes[-2][1:]
+        if Path("/proc/self").exists() and not process.exists():
+            part.unlink(missing_ok=True)
+
+
 def find_data(path):
     """Return the path of the text: `path`, or for None DATA (here, beside the script, fetched)."""
-    if path is None:
-        script = Path(globals().get("__file__", ""))  # a notebook has no __file__
-        places = [folder / DATA for folder in (Path(), script.parent, script.resolve().parent)]
-        path = next(filter(Path.is_file, places), DATA)
-        if path == DATA and DATA_URL.endswith(f"/{DATA}"):
-            download(DATA_URL, path, DATA_SHA256)
+    script = Path(globals().get("__file__", ""))  # a notebook has no __file__
+    for folder in (Path(), script.parent, script.resolve().parent):
+        if path is None and (folder / DATA).is_file():
+            path = folder / DATA
+    if path is None and DATA_URL.endswith(f"/{DATA}"):
+        path = Path(DATA)
+        download(DATA_URL, path, DATA_SHA256)
+    path = Path(path or DATA)
     check(os.path.isfile(path), f"there is no file {path}: name one with --data")
-    return Path(path)
+    return path
 
 
 def download(url, path, digest):
@@ -783,16 +1103,8 @@ def download(url, path, digest):
     part = Path(f"{path}.part")
     print(f"downloading {url}", flush=True)
     for pause in (1, 3, 9, 27, 0):  # seconds until the next try
-        done = part.stat().st_size if part.exists() else 0
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}
         try:
-            with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-                if response.status_code != 416 or not done:  # 416: we have all of it
-                    response.raise_for_status()
-                    # 206: only the rest comes, as asked; 200: the server sends all again.
-                    with open(part, "ab" if response.status_code == 206 else "wb") as file:
-                        for piece in islice(response.iter_content(1 << 14), 500_000):  # 8 GB
-                            file.write(piece)
+            fetch_rest(url, part)
             with open(part, "rb") as file:
                 found = file_digest(file, "sha256").hexdigest()
             if found == digest:
@@ -800,22 +1112,56 @@ def download(url, path, digest):
                 return
             part.unlink()
             reason = f"its SHA-256 is {found}, not {digest}"
-        except (OSError, ValueError) as error:  # those of requests are OSErrors without errno
-            reason, answer = error, getattr(error, "response", None)
-            if getattr(error, "errno", 1) or getattr(answer, "status_code", 0) in (401, 403, 404):
-                break  # a full disk, say; or the server will not send it at the next try either
+        except (OSError, ValueError) as error:
+            reason = error
+            if not can_pass(error):
+                break
         time.sleep(pause)
-    raise UserError(f"put {url} at {path} by hand: {reason}")
+    raise UserError(f"put {url} at {Path(path).absolute()} by hand: {reason}")
 
 
-def read_archive(path, mode):
-    """Return the reviews of an archive in the order of their names. Nothing is extracted."""
-    texts, name = {}, re.compile(r"aclImdb/(train|test)/(pos|neg)/\d+_\d+\.txt")
+def fetch_rest(url, part):
+    """Append to the file `part` what it still lacks of a URL. If the server cannot, fetch all."""
+    done = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}
+    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+        if response.status_code == 416 and done > 0:  # there is no rest
+            return
+        response.raise_for_status()
+        mode = "ab" if response.status_code == 206 else "wb"  # 206: the rest comes; 200: all
+        with open(part, mode) as file:
+            for piece in response.iter_content(1 << 16):
+                file.write(piece)
+
+
+def can_pass(error):
+    """Return whether a download that failed with this error may succeed at the next try."""
+    if not isinstance(error, requests.RequestException):  # a full disk, no file of certificates
+        return False
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return False
+    return getattr(error.response, "status_code", None) not in (401, 403, 404)
+
+
+def read_reviews(path):
+    """Return the reviews of an archive, or of the folder in it, in the order of their names."""
+    texts = {}
+
+    def keep(name, content):
+        """Keep a review by the end of its name: copies differ in what stands in front of it."""
+        match = re.search(r"(train|test)/(pos|neg)/\d+_\d+\.txt$", name)
+        if match:
+            texts[match[0]] = content.decode("utf-8")
+
     try:
-        with tarfile.open(path, mode) as archive:
-            for member in archive:
-                if member.size < 10**6 and member.isfile() and name.fullmatch(member.name):
-                    texts[member.name] = archive.extractfile(member).read().decode("utf-8")
+        if path.is_dir():
+            for file in path.rglob("*_*.txt"):
+                keep(file.as_posix(), file.read_bytes())
+        else:
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    if member.isfile() and member.size < 10**6:
+                        keep(member.name, archive.extractfile(member).read())
     except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError) as error:
         why = "get it again, or unpack it first if it is a text"
         raise UserError(f"{path} is no whole archive of reviews ({error}): {why}") from error
@@ -823,131 +1169,92 @@ def read_archive(path, mode):
     return [texts[name] for name in sorted(texts)]
 
 
-def read_documents(path):
+def read_documents(path, cleaning):
     """Return the clean documents of a file: the reviews of an archive, the paragraphs of a text.
 
     UserError: it is neither, or in a script that has no spaces between words."""
-    with open(path, "rb") as file:
-        start = file.read(262)
-    if start[:2] == b"\x1f\x8b" or start[257:] == b"ustar":  # marks of gzip, and of tar
-        texts = read_archive(path, "r:" if start[257:] == b"ustar" else "r:gz")
+    if path.is_dir() or path.name.endswith((".gz", ".tgz", ".tar")):
+        texts = read_reviews(path)
     else:
-        named = Path(path).name.endswith((".gz", ".tgz", ".tar"))
-        check(not named, f"{path} is no archive, it starts with {start[:30]!r}: get it again")
-        text = Path(path).read_text(encoding="utf-8-sig", errors="replace")  # -sig: Windows' mark
-        check(text and not {*"\0\ufffd"} & {*text}, f"{path} is empty, or not UTF-8: save it so")
-        texts = re.split(r"\n\s*\n", unicodedata.normalize("NFC", text))
+        check(path.suffix != ".zip", f"{path}: unpack it, and name the folder with --data")
+        texts = re.split(r"\n\s*\n", read_text(path))
     sample = "\n".join(texts[:: len(texts) // 1000 + 1])  # some documents are enough to judge
-    letters = sum(map(str.isalpha, sample))
     # Thai and Lao, Burmese, Khmer, Japanese, Chinese:
     unspaced = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
-    spaced = len(re.findall(unspaced, sample)) <= 0.1 * letters
-    check(spaced, f"{path} has no spaces between words: take char_gpt.py or gpt2.py for it")
-    dropped = letters - sum(map(str.isalpha, clean(sample, CLEANING)))
-    if dropped > 0.1 * letters:
-        print(f"CLEANING = {CLEANING!r} drops {dropped / letters:.0%} of the letters of {path}")
-    documents = [text for text in (clean(text, CLEANING) for text in texts) if text]
-    n = sum(text.count(" ") + 1 for text in documents)
-    check(n > BLOCK_SIZE, f"{path}: {n} words: few for BLOCK_SIZE")
+    share = len(re.findall(unspaced, sample)) / max(1, sum(map(str.isalpha, sample)))
+    check(share <= 0.1, f"{path} has no spaces between words: take char_gpt.py or gpt2.py for it")
+    documents = [clean(text, cleaning) for text in texts]
+    documents = [text for text in documents if text]
     check(len(documents) > 9, f"{path}: put empty lines between at least 10 paragraphs")
     return documents
 
 
-def write_file(path, write):
-    """Let `write` fill PATH.part, and move it to `path` once it is whole: a kill leaves no half."""
+def clean_as_published(text):
+    """Return the words of a text as many experiments with these reviews do: a to z, and spaces.
+
+    All else is removed without a trace, even between words. With it, the preset "reference" of
+    tests/RESULTS.md compares with a published loss.
+
+    >>> clean_as_published("A well-made film.<br /><br />Clichés")
+    'a wellmade filmclichs'
+    """
+    text = re.sub(r"<[^<>]*>|http\S+|www\.\S+", "", text.lower())
+    text = re.sub(r"(?<!\S)\S+@\S+\.\S+", "", text)
+    return " ".join(re.sub(r"[^a-z\s]", "", text).split())
+
+
+def read_text(path):
+    """Return the text of a UTF-8 file. UserError: it is none, or empty."""
     try:
-        with open(f"{path}.part", "wb") as file:
-            write(file)
-        os.replace(f"{path}.part", path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
-        raise UserError(f"cannot write {path} (a full disk?): {error}") from error
-    finally:
-        Path(f"{path}.part").unlink(missing_ok=True)
+        text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark that Windows adds
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start:,}: save it so") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    check(text and "\0" not in text, f"{path} is empty, or UTF-16: save it as UTF-8")
+    return text
 
 
-def save_checkpoint(path, model, tokenizer, **more):
-    """Save the model (its config and weights), the vocabulary, and what else is given."""
-    state = {"name": NAME, "config": model.config, "vocabulary": tokenizer.vocabulary} | more
-    write_file(path, lambda file: torch.save(state | {"weights": model.state_dict()}, file))
+def draw_attention(model, tokenizer, ids, path):
+    """Draw what the model weighs when it reads the ids: a square for each head, the sharpest first.
+
+    A row is what one word looks at, and its darkest fields are what it weighs most. A head is sharp
+    if few words have large weights. The first word does not count: heads that find nothing often
+    give all their weight to it."""
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+
+    heads = []
+    for block, layer in enumerate(attention_weights(model, ids), 1):
+        for head, weights in enumerate(layer, 1):
+            heads.append((weights[:, 1:].square().sum().item(), block, head, weights))
+    heads = sorted(heads, key=lambda entry: entry[0], reverse=True)[:PICTURE_HEADS]
+    words = [tokenizer.decode([token]) for token in ids]
+    font = FontProperties(fname=find_font(set("".join(words))), size=7)
+    rows = math.ceil(len(heads) / 2)
+    side = 1.5 + 0.16 * len(ids)  # inches
+    figure = Figure(figsize=(2 * side, rows * side), layout="constrained")
+    for place, (_, block, head, weights) in enumerate(heads, 1):
+        axes = figure.add_subplot(rows, 2, place)
+        axes.imshow(weights.tolist(), cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(f"block {block}, head {head}")
+        axes.set_xticks(range(len(ids)), words, rotation=90, font=font, parse_math=False)
+        axes.set_yticks(range(len(ids)), words, font=font, parse_math=False)
+    write_file(path, lambda part: figure.savefig(part, format="png", dpi=100))
 
 
-def load_checkpoint(path, device):
-    """Return the (model, tokenizer) of a checkpoint. UserError: it is missing or damaged."""
-    check(os.path.exists(path), f"there is no {path} here: run `python {NAME}.py` first")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
-        config, tokenizer = state["config"], Tokenizer(state["vocabulary"])
-        check((state["name"], config["vocab_size"]) == (NAME, tokenizer.vocab_size), "another kind")
-        check(config["n_layers"] <= len(state["weights"]), "it has too few weights")
-        with torch.device("meta"):  # shapes without memory: wrong sizes cost nothing
-            model = LM(**config)
-        model.load_state_dict(state["weights"], assign=True)
-        model.float().eval()(torch.zeros(1, 1, dtype=torch.int64))  # do the sizes fit?
-        check(all(p.sum().isfinite() for p in model.parameters()), "its weights are not finite")
-    except Exception as error:  # a file from a stranger can be wrong in any way
-        raise UserError(f"{path} is no checkpoint of {NAME}.py: {error!r:.60}") from error
-    return model.to(device), tokenizer
+def find_font(letters):
+    """Return the file of a font that has all these letters. UserError: there is none."""
+    from matplotlib import font_manager
+
+    usual = font_manager.findfont("DejaVu Sans")  # comes with matplotlib; it has no Korean letters
+    for file in (usual, *(font.fname for font in font_manager.fontManager.ttflist)):
+        if {ord(letter) for letter in letters} <= font_manager.get_font(file).get_charmap().keys():
+            return file
+    raise UserError(f"no font here has the letters {''.join(sorted(letters))!r:.60}")
 
 
-def load_training_state(optimizers, text_id):
-    """Restore the optimizers from NAME.resume.pt. Return (steps done, history on this text)."""
-    try:
-        state = torch.load(f"{NAME}.resume.pt", map_location="cpu", weights_only=True)
-        for o, saved in zip(optimizers, state["optimizers"], strict=True):  # edited constants hold
-            o.load_state_dict(saved | {"param_groups": o.state_dict()["param_groups"]})
-            for p, averages in o.state.items():
-                check(all(x.shape in (p.shape, ()) for x in averages.values()), "wrong shape")
-        check(all(e["val"]["loss"] > 0 * n for n, e in state["history"].items()), "its history")
-        return max(state["history"]), state["history"] if state["text_id"] == text_id else {}
-    except Exception as error:  # a file from a stranger can be wrong in any way
-        raise UserError(f"{NAME}.resume.pt cannot be resumed: {error!r:.60}") from error
-
-
-def save_run(model, tokenizer, optimizers, history, text_id, start):
-    """Save NAME.pt if the last evaluation is the best, NAME.resume.pt, and the plot NAME.png."""
-    (axes, right), steps = Figure((12, 4.5), layout="constrained").subplots(1, 2), list(history)
-    for split, style in (("train", "--"), ("val", "-")):
-        losses = [entry[split]["loss"] for entry in history.values()]
-        axes.plot(steps, losses, style, label=split)
-        right.plot(steps, [entry[split]["accuracy"] for entry in history.values()], style)
-    best = min(losses[1:])  # the first is of the beginning
-    axes.plot(steps[losses.index(best)], best, "ko", label=f"best: {best:.4f}")
-    axes.axhline(math.log(tokenizer.vocab_size), color="gray", label="uniform guess: ln V")
-    n, seconds = sum(p.numel() for p in model.parameters()), time.perf_counter() - start
-    axes.set(yscale="log", xlabel="step", ylabel="loss (nats per token)")
-    axes.set_title(f"{NAME}: {n:,} parameters, {seconds:,.0f} s, loss {best:.4f}")
-    axes.yaxis.set(major_formatter="{x:.1f}", minor_formatter="{x:.1f}")
-    right.set(xlabel="step", ylabel="accuracy (share of tokens)", title="dashed: train")
-    axes.legend()
-    for path in (f"{NAME}.resume.pt", f"{NAME}.pt", f"{NAME}.png", f"{NAME}_attention.png"):
-        if len(history) == 2 and os.path.exists(path):  # the first save: it is of an earlier run
-            os.replace(path, f"previous.{path}")
-            print(f"the {path} of an earlier run is now previous.{path}")
-    if losses[-1] == best or not os.path.exists(f"{NAME}.pt"):
-        save_checkpoint(f"{NAME}.pt", model, tokenizer)
-    more = {"optimizers": [o.state_dict() for o in optimizers], "history": history}
-    save_checkpoint(f"{NAME}.resume.pt", model, tokenizer, text_id=text_id, **more)
-    write_file(f"{NAME}.png", lambda file: axes.figure.savefig(file, format="png", dpi=120))
-
-
-def draw_attention(model, tokenizer, ids):
-    """Draw the weights of the attention, a square for each block (down) and head (across).
-
-    Each row shows which words the model weighs, and how much, when it has read this one."""
-    layers, words = attention_weights(model, ids), [tokenizer.decode([token]) for token in ids]
-    rows, columns, side = len(layers), len(layers[0]), 1.5 + 0.16 * len(ids)  # inches
-    figure = Figure(figsize=(side * columns, side * rows), layout="constrained")
-    for row, line in enumerate(figure.subplots(rows, columns, squeeze=False)):
-        for column, axes in enumerate(line):
-            axes.imshow(layers[row][column].tolist(), cmap="Blues", vmin=0, vmax=1)
-            axes.set_title(f"block {row + 1}, head {column + 1}")
-            axes.set_xticks(range(len(ids)), words, rotation=90, fontsize=7, parse_math=False)
-            axes.set_yticks(range(len(ids)), words, fontsize=7, parse_math=False)
-    path = f"{NAME}_attention.png"
-    write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
-
-
-# --- 7. Flags, errors, main -----------------------------------------------------------------------
+# --- 8. Flags, errors, main -----------------------------------------------------------------------
 class UserError(ValueError):
     """A mistake that the user can mend. The end of this file prints it as one line."""
 
@@ -958,11 +1265,33 @@ def check(condition, message):
         raise UserError(message)
 
 
-def has_bfloat16(device, names=("avx512_bf16", "amx_bf16", "bf16")):
+def has_bfloat16(device):
     """Return whether the hardware itself computes in bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and any(map(torch.cpu.get_capabilities().get, names))
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not in torch 2.6
+        names = ("avx512_bf16", "amx_bf16", "bf16")
+        return any(torch.cpu.get_capabilities().get(name) for name in names)
+    return False
+
+
+def multiply(x, weight, bias):
+    """Return x @ weight.T + bias, in bfloat16 where the hardware computes in it.
+
+    PyTorch prepares a product anew for each new number of rows of x, and keeps what it prepared.
+    The number of targets varies from batch to batch. So rows of zeros fill x up to a multiple of
+    64, and there are few different numbers. Otherwise 150 steps would take 2.5 GB."""
+    n = x.shape[-2]
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bfloat16(x.device)):
+        return F.linear(F.pad(x, (0, 0, 0, -n % 64)), weight, bias)[..., :n, :]
+
+
+def find_device(name):
+    """Return the torch.device of a name. UserError: there is no such device here."""
+    try:
+        return torch.zeros(1, device=name).device
+    except Exception as error:  # each kind of device has an error of its own
+        raise UserError(f"device {name}: {str(error).splitlines()[0]}") from error
 
 
 def keep_freed_memory():
@@ -972,89 +1301,144 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def lock_folder():
-    """Return NAME.lock, open: one run at a time can have it. UserError: another one has it."""
-    lock = open(f"{NAME}.lock", "w")  # noqa: SIM115
-    try:
-        os.lockf(lock.fileno(), os.F_TLOCK, 0)
-    except (AttributeError, OSError) as error:  # Windows and some network disks have no locks
-        check(not isinstance(error, BlockingIOError), "another run is training in this folder")
-    return lock
-
-
-def show_progress(step, loss, speed, left):
-    """Rewrite the last line of a terminal; print nothing where the output is piped."""
-    if step % 10 == 0 and sys.stdout and sys.stdout.isatty():  # a GPU must finish to show a loss
-        line = f"step {step}  loss {loss:.3f}  {speed:,.0f} tokens/s  {left / speed:.0f} s left  "
-        print(line[: os.get_terminal_size().columns - 1], end="\r", flush=True)
+def show_progress(run, step, loss, seconds):
+    """Tell how far the training is: on one line of a terminal, elsewhere in a line every 30 s."""
+    if step % 10 > 0:  # to know the loss, one must wait for a GPU
+        return
+    left = seconds / (step + 1) * (run["max_iters"] - step)
+    speed = BATCH_SIZE * run["config"]["block_size"] * (step + 1) / seconds
+    line = f"step {step:>5}  loss {loss:.3f}  {speed:,.0f} tokens/s  {left:,.0f} s left"
+    if sys.stdout and sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(line.ljust(60)[:width], end="\r", flush=True)
+    elif seconds > run.get("shown", 0) + 30:  # the second at which the last line was printed
+        print(line, flush=True)
+        run["shown"] = seconds
 
 
 def evaluate(model, tokenizer, splits, prompt, step):
     """Print losses and a sample. Return {split: losses}. UserError: a loss is not finite."""
-    losses = {k: estimate_loss(model, v, BATCH_SIZE, EVAL_ITERS) for k, v in splits.items()}
-    line = "  ".join(f"{k} {name} {x:.4f}" for k, v in losses.items() for name, x in v.items())
-    check("nan" not in line and "inf" not in line, "the loss is not finite: lower LEARNING_RATE")
+    batch_size = max(1, 4096 // model.block_size)  # not BATCH_SIZE, so that losses compare
+    losses = {}
+    words = f"step {step:>5}"
+    for split, tokens in splits.items():
+        losses[split] = estimate_loss(model, tokens, batch_size, EVAL_ITERS)
+        for name, value in losses[split].items():
+            check(math.isfinite(value), "the loss is not finite: lower LEARNING_RATE")
+            words += f"  {split} {name} {value:.4f}"
     ids = generate(model, tokenizer.encode(prompt), 60, TEMPERATURE, TOP_K, TOP_P)
-    print(f"step {step:>5}  {line:<60}\n            {tokenizer.decode(ids)!r}", flush=True)
+    print(f"{words:<60}\n            {tokenizer.decode(ids)!r}", flush=True)
     return losses
 
 
-def measure(model, splits, documents):
-    """Print the metrics of all of the validation and the test split, and return them for `main`.
-
-    Bits per character count the characters of the clean documents, and a space after each word."""
-    print("measuring all of the validation and the test split", flush=True)
-    results = {}
-    for split in ("val", "test"):
-        tokens, characters = splits[split][0], sum(len(text) + 1 for text in documents[split])
-        metrics = estimate_loss(model, splits[split], BATCH_SIZE)
-        metrics["perplexity"] = math.exp(metrics["loss"])
-        metrics["bits_per_character"] = metrics["loss"] / math.log(2) * len(tokens) / characters
-        metrics["unknown"] = (tokens == Tokenizer.unk).double().mean().item()
-        print(f"best, {split}: " + ", ".join(f"{name} {x:.4f}" for name, x in metrics.items()))
-        results[split] = metrics
-    best = results["val"]
-    return results | {"val_loss": best["loss"], "bits_per_character": best["bits_per_character"]}
+def write_sample(model, tokenizer, prompt):
+    """Print the prompt, and its continuation while it is made. Return both as one string."""
+    ids = tokenizer.encode(prompt)
+    print(tokenizer.decode(ids), end="", flush=True)
+    for token in generate(model, ids, SAMPLE_TOKENS, TEMPERATURE, TOP_K, TOP_P):
+        ids.append(token)
+        print(" " + tokenizer.decode([token]), end="", flush=True)
+    print(flush=True)
+    return tokenizer.decode(ids)
 
 
-def check_constants():
-    """Raise UserError when a constant makes no sense, before anything is read or written."""
-    check(torch.__version__ >= (2, 13), f"PyTorch {torch.__version__} is too old: install 2.13.0")
-    sizes = "BLOCK_SIZE N_EMBED N_LAYERS N_HEADS BATCH_SIZE MAX_ITERS EVAL_INTERVAL EVAL_ITERS"
-    for names, low, high in (
-        (f"{sizes} TOP_K", 1, 10**9),
-        ("WARMUP_ITERS SAMPLE_TOKENS SEED", 0, 10**9),
-        ("TRAIN_SHARE DROPOUT FINAL_LR TOP_P", 0, 1.0),
-        ("LEARNING_RATE WEIGHT_DECAY GRADIENT_CLIP TEMPERATURE", 0, 1e9),
-        ("NAME DATA DATA_URL DATA_SHA256 PROMPT", "", "\U0010ffff"),
-        ("MIN_FREQ PICTURE_TOKENS", 1, 10**9),
-        ("BEAMS", 0, 10**9),
-        ("VAL_SHARE", 0, 1.0),
-    ):
-        for name, value in [(name, globals()[name]) for name in names.split()]:
-            fits = type(value) in (type(low), type(high)) and low <= value <= high
-            fits |= value is None and name in ("TOP_K", "TOP_P", "GRADIENT_CLIP")
-            check(fits, f"{name} = {value!r} must be {type(high).__name__}, {low!r} to {high!r}")
-    fits = type(BETAS) is tuple and [type(b) is float and 0 <= b < 1 for b in BETAS] == [True] * 2
-    check(fits, f"BETAS = {BETAS!r} must be two numbers from 0 to below 1")
+def write_beams(model, tokenizer, prompt, beams):
+    """Print the likeliest continuation that beam_search finds."""
+    new, score = beam_search(model, tokenizer.encode(prompt), SAMPLE_TOKENS, beams)
+    print(f"{beams} beams: {tokenizer.decode(new)} (ln P = {score:.1f})")
+
+
+def write_attention(run, model, tokenizer, text):
+    """Draw what the model looks at when it reads the text."""
+    path = run["path"].with_name(f"{run['path'].stem}_attention.png")
+    ids = tokenizer.encode(text)[: min(PICTURE_TOKENS, model.block_size)]
+    try:
+        draw_attention(model, tokenizer, ids, path)
+    except Exception as error:  # a viewer holds the picture, matplotlib is broken: go on
+        print(f"no picture {path}: {error}")
+
+
+def choose_prompt(flags, run, tokenizer):
+    """Return --prompt, or PROMPT, or the most frequent word if the text lacks words of PROMPT."""
+    prompt = PROMPT if flags.prompt is None else flags.prompt
+    words = clean(prompt, tokenizer.cleaning).split()
+    unknown = [word for word in words if word not in tokenizer.stoi]
+    if unknown and flags.prompt is None:
+        prompt = tokenizer.vocabulary[3]
+        print(f"{run['text']} lacks words of PROMPT: without --prompt it is {prompt!r}")
+    elif unknown:
+        print(f"words that {run['text']} hardly has, so that they become <unk>: {unknown}")
+    return prompt
 
 
 def parse_flags(argv):
     """Return the flags of the command line, or of the list argv. A notebook has neither."""
     parser = argparse.ArgumentParser(prog=f"{NAME}.py", description="Train a GPT and let it write.")
-    add, add_either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    add_either("--sample", action="store_true", help=f"no training: continue with {NAME}.pt")
-    add_either("--resume", action="store_true", help=f"train further, from {NAME}.resume.pt")
-    add("--prompt", metavar="TEXT", default=PROMPT, help="text to continue (default: %(default)s)")
-    add("--max-iters", metavar="N", type=int, default=MAX_ITERS, help="training steps in all")
-    add("--data", metavar="PATH", help=f"archive, or UTF-8 text (default: {DATA})")
-    add("--device", metavar="NAME", default=DEVICE, help="cuda, mps or cpu (default: %(default)s)")
+    add = parser.add_argument
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--sample", action="store_true", help="no training: continue the prompt with a run")
+    either("--resume", action="store_true", help="train a run further")
+    either("--runs", action="store_true", help="list the runs of this folder")
+    add("--run", metavar="FILE", help="the run for --sample and --resume (default: the newest)")
+    add("--prompt", metavar="TEXT", help=f"text to continue (default: {PROMPT!r})")
+    add("--max-iters", metavar="N", type=int, help=f"training steps in all (default: {MAX_ITERS})")
+    add("--data", metavar="PATH", help=f"archive, its folder, or UTF-8 text (default: {DATA})")
+    add("--device", metavar="NAME", default=DEVICE, help="cpu, cuda, ... (default: %(default)s)")
     add("--seed", metavar="N", type=int, help=f"default: {SEED}; with --sample, another each time")
     add("--beams", metavar="N", type=int, default=BEAMS, help="search for a likely text with N")
-    flags = parser.parse_args([] if argv is None and "kernel_launcher" in sys.argv[0] else argv)
-    default = torch.seed() if flags.sample else SEED
-    flags.seed = (default if flags.seed is None else flags.seed) % 2**40  # `train` takes 2**20 more
-    return flags
+    in_notebook = argv is None and "kernel_launcher" in sys.argv[0]
+    return parser.parse_args([] if in_notebook else argv)
+
+
+def prepare(flags, device):
+    """Return (run, model, tokenizer, optimizers, splits, documents): a new run, or one to go on."""
+    is_folder = flags.data is not None and os.path.isdir(flags.data)
+    path = Path(flags.data) if is_folder else find_data(flags.data)
+    if flags.resume:
+        run, model, tokenizer = load_run(flags.run or saved_runs()[-1], device)
+    cleaning = run["cleaning"] if flags.resume else CLEANING
+    documents = split_documents(read_documents(path, cleaning), TRAIN_SHARE, VAL_SHARE)
+    if not flags.resume:
+        run, model, tokenizer = new_run(documents, flags, device)
+    if flags.max_iters is not None:
+        run["max_iters"] = flags.max_iters
+    done = f"{run['step']:,} of {run['max_iters']:,} steps are done"
+    check(run["step"] < run["max_iters"], f"{done}: --max-iters N trains further")
+    check(EVAL_INTERVAL > 0, f"EVAL_INTERVAL = {EVAL_INTERVAL} must be 1 or more")
+    optimizers = make_optimizers(model)
+    if flags.resume:
+        resume(run, model, optimizers, flags)
+    run["constants"] |= {"SEED": str(run["seed"]), "MAX_ITERS": str(run["max_iters"])}
+    splits = split_text(documents, tokenizer)
+    name_text(run, path, "\n".join(documents["val"]), len(splits["train"]))
+    run["prompt"] = choose_prompt(flags, run, tokenizer)
+    print(f"{path}: V = {tokenizer.vocab_size:,}, ln V = {math.log(tokenizer.vocab_size):.4f}")
+    return run, model, tokenizer, optimizers, splits, documents
+
+
+def measure(run, model, splits, documents):
+    """Measure the best parameters exactly, print and save it. Return what `main` promises.
+
+    Bits per character: a document's first word is no target, so its characters do not count. The
+    others are those of the clean text, with the space in front of each word, and one for <eos>."""
+    print(f"{run['path']}: the best of {run['step']:,} steps is {run['best_step']:,}", flush=True)
+    results = {}
+    for split in ("val", "test"):
+        metrics = estimate_loss(model, splits[split], max(1, 4096 // model.block_size))
+        texts = documents[split]
+        n_targets = len(splits[split]) - len(texts)
+        characters = sum(len(text) - len(text.partition(" ")[0]) + 1 for text in texts)
+        metrics["perplexity"] = math.exp(metrics["loss"])
+        metrics["bits_per_character"] = metrics["loss"] / math.log(2) * n_targets / characters
+        metrics["unknown"] = (splits[split] == Tokenizer.unk).double().mean().item()
+        print(f"all of {split}: " + ", ".join(f"{name} {x:.4f}" for name, x in metrics.items()))
+        results[split] = metrics
+    run["val_loss"] = results["val"]["loss"]
+    write_run(run)
+    tokens = run["step"] * BATCH_SIZE * model.block_size
+    results |= {"val_loss": run["val_loss"], "steps": run["step"], "seconds": run["seconds"]}
+    results["bits_per_character"] = results["val"]["bits_per_character"]
+    return results | {"tokens_per_second": tokens / run["seconds"]}
 
 
 def main(argv=None):
@@ -1062,59 +1446,58 @@ def main(argv=None):
 
     Return {"val_loss": nats per token over the whole validation split, "bits_per_character",
     "steps", "seconds", "tokens_per_second", "parameters", "text"}: after --sample, the last two."""
-    check_constants()
     flags = parse_flags(argv)
-    keep_freed_memory()
-    check(flags.device in DEVICES, f"device {flags.device}: here it can be {', '.join(DEVICES)}")
-    device = torch.device(flags.device)
-    if not flags.sample:
-        path = find_data(flags.data)
-        documents = split_documents(read_documents(path), TRAIN_SHARE, VAL_SHARE)
-    torch.manual_seed(flags.seed)
-    if flags.sample or flags.resume:
-        model, tokenizer = load_checkpoint(NAME + ".resume" * flags.resume + ".pt", device)
+    check(Path(NAME).name == NAME, f"NAME = {NAME!r} must be a file's name, without a folder")
+    if flags.runs:
+        list_runs()
+        return {}
+    device = find_device(flags.device)
+    if flags.sample:
+        run, model, tokenizer = load_run(flags.run or saved_runs()[-1], device, mmap=True)
+        run["prompt"] = choose_prompt(flags, run, tokenizer)
+        run["seed"] = torch.seed() % 2**32 if flags.seed is None else flags.seed
     else:
-        tokenizer = Tokenizer(build_vocabulary(documents["train"], MIN_FREQ))
-        sizes = BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT, CUTOFFS
-        model = LM(tokenizer.vocab_size, *sizes).to(device)
-    if flags.prompt == PROMPT and Tokenizer.unk in tokenizer.encode(PROMPT):
-        flags.prompt = tokenizer.vocabulary[3]  # the most frequent word
-        print(f"the text lacks parts of PROMPT; without --prompt it is {flags.prompt!r}")
-    results, n = {}, sum(p.numel() for p in model.parameters())
-    print(f"{device}, bfloat16: {has_bfloat16(device)}, seed {flags.seed}; {n:,} parameters")
+        keep_freed_memory()
+        remove_leftovers(f"{NAME}-*.*.part")
+        run, model, tokenizer, optimizers, splits, documents = prepare(flags, device)
+    results = {"parameters": sum(p.numel() for p in model.parameters())}
+    print(f"{device}, bfloat16: {has_bfloat16(device)}, seed {run['seed']}", end="; ")
+    print(f"{results['parameters']:,} parameters", flush=True)
     if not flags.sample:
-        splits = split_text(documents, tokenizer)
-        print(f"{path}: V = {tokenizer.vocab_size:,}, ln V = {math.log(tokenizer.vocab_size):.4f}")
         test = splits.pop("test")  # not looked at before the end
-        text_id = sha256(str(documents["val"]).encode()).hexdigest()
-        with lock_folder():
-            results |= train(model, tokenizer, splits, flags, text_id)
-        results |= measure(model, splits | {"test": test}, documents)
-    torch.manual_seed(flags.seed)
-    ids = tokenizer.encode(flags.prompt)
-    print(tokenizer.decode(ids), end="", flush=True)
-    for token in generate(model, ids, SAMPLE_TOKENS, TEMPERATURE, TOP_K, TOP_P):
-        ids.append(token)
-        print(" " + tokenizer.decode([token]), end="", flush=True)
-    print(flush=True)
+        train(model, tokenizer, optimizers, splits, run)
+        run, model, tokenizer = load_run(run["path"], device)
+        results |= measure(run, model, splits | {"test": test}, documents)
+    torch.manual_seed(run["seed"])
+    text = write_sample(model, tokenizer, run["prompt"])
     if flags.beams > 0:
-        new, score = beam_search(model, tokenizer.encode(flags.prompt), SAMPLE_TOKENS, flags.beams)
-        print(f"{flags.beams} beams: {tokenizer.decode(new)} (ln p = {score:.1f})")
-    if flags.sample or flags.resume or results["steps"] >= min(EVAL_INTERVAL, flags.max_iters):
-        draw_attention(model, tokenizer, ids[: min(PICTURE_TOKENS, model.block_size)])
-    return results | {"parameters": n, "text": tokenizer.decode(ids)}
+        write_beams(model, tokenizer, run["prompt"], flags.beams)
+    write_attention(run, model, tokenizer, text)
+    return results | {"text": text}
+
+
+def is_out_of_memory(error):
+    """Return whether an error says so: each kind of memory has words of its own."""
+    if isinstance(error, MemoryError):
+        return True
+    return "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 if __name__ == "__main__":
-    # A character that the terminal lacks prints as "?". A notebook's stdout has no reconfigure.
-    getattr(sys.stdout, "reconfigure", dict)(errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has none
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks prints as ?
     try:
         main()
+    except UserError as error:
+        sys.exit(f"{NAME}.py: {error}")
     except BrokenPipeError:  # no error: `head`, for one, has seen enough
         sys.exit()
-    except (KeyboardInterrupt, UserError, OSError) as error:
-        sys.exit(f"{NAME}.py: {str(error) or 'interrupted'}")
+    except KeyboardInterrupt:
+        if "kernel_launcher" in sys.argv[0]:  # a cell of a notebook was stopped
+            raise
+        print(f"{NAME}.py: interrupted", file=sys.stderr)
+        sys.exit(130)
     except (RuntimeError, MemoryError) as error:
-        if not any(words in repr(error) for words in ("out of memory", "allocate", "MemoryError")):
+        if not is_out_of_memory(error):
             raise
         sys.exit(f"{NAME}.py: out of memory: halve BATCH_SIZE, or take a smaller model")

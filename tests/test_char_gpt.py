@@ -313,15 +313,16 @@ def test_the_example_that_goes_through_the_model(gpt):
         end = x + attention + feed_forward
         logits = model(idx)[0][0, -1]
     rows = [idx[0], token[0, -1], position[-1], x[0, -1], attention[0, -1], feed_forward[0, -1]]
-    rows += [end[0, -1], model.ln_f(end)[0, -1], logits, logits.softmax(-1)]
+    normed = F.layer_norm(end[0, -1], (4,))
+    rows += [end[0, -1], normed, model.ln_f(end)[0, -1], logits, logits.softmax(-1)]
     source = (ROOT / "char_gpt.py").read_text(encoding="utf-8")
-    _, _, example = source.partition("#   token ids (B, T)")
+    _, _, example = source.partition("#   LM      the ids of")
     shown = []
     for comment in example.partition("class Head")[0].splitlines():
         row = re.search(r"((?: +-?\d+(?:\.\d\d)?(?= |$)){4,7})$", comment)
         if row:
             shown.append([float(number) for number in row[1].split()])
-    assert [len(row) for row in shown] == [4] * 8 + [7] * 2
+    assert [len(row) for row in shown] == [4] * 9 + [7] * 2
     for numbers, row in zip(shown, rows, strict=True):
         assert numbers == pytest.approx(row.tolist(), abs=0.02), numbers
     assert f"-ln {shown[-1][2]:.2f} = {-logits.log_softmax(-1)[2]:.2f}" in example

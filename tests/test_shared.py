@@ -35,16 +35,17 @@ INTENDED = {
     },
     ("char_gpt", "gpt2"): {
         "byte pairs, and a text that stays in a file": "Tokenizer Tokenizer.__init__ "
-        "Tokenizer.encode Tokenizer.decode split_text get_batch estimate_loss",
+        "Tokenizer.encode Tokenizer.decode split_text name_text",
         "one fused function": "Head.forward",
         "biases on q, k, v; keys and values go through a cache": "MultiHead.__init__ "
         "MultiHead.forward Block.__init__ Block.forward generate",
-        "gelu, tied weights, GPT-2's start": "FeedForward.forward LM LM.__init__ LM.forward",
+        "gelu, tied weights, GPT-2's start": "FeedForward.forward LM.__init__ LM.forward",
         "AdamW alone": "make_optimizers",
-        "accumulation, several processes": "train_step train",
-        "OpenAI's weights, and the kind of run": "save_checkpoint load_checkpoint save_run",
+        "accumulation, several processes": "train_step train show_progress",
+        "OpenAI's weights": "new_run",
         "a verified download": "find_data",
-        "more constants, --init, processes": "check_constants parse_flags main",
+        "a sample while it is made: a character can have several tokens": "write_sample",
+        "--init, processes, bits per character": "parse_flags prepare measure main",
     },
 }
 

@@ -1,0 +1,1 @@
+"""The autograder behind tests/exercise.py and tests/grade.py. See tests/GRADING.md."""
