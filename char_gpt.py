@@ -554,10 +554,10 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 #     factors    10 and 1           2 and 0               0.7 and 0.7
 #
 # A plain step must be small enough for the largest factor, or it overshoots: w = 2 (see the top)
-# with the rate 1.1 would become 2 - 1.1 · 4 = -2.4. So it learns little for (1, -1).
-# AdamW makes the numbers of the matrix equal, not its factors: here it learns nothing for (1, -1).
-# Muon makes the factors equal: it learns as much for rare directions as for frequent ones. After 400
-# steps, each at its best rate, the loss is 1.66 with Muon, and 1.87 with AdamW alone.
+# with the rate 1.1 would become 2 - 1.1 · 4 = -2.4. So it learns little for (1, -1). AdamW makes
+# the numbers equal, not the factors: here it learns nothing for (1, -1). Muon makes the
+# factors equal: it learns as much for rare directions as for frequent ones. After 400 steps, each
+# at its best rate, the loss is 1.66 with Muon, and 1.87 with AdamW alone.
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
 

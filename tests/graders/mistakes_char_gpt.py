@@ -267,9 +267,9 @@ def muon_with(
     decay=lambda group: 1 - group["lr"] * group["weight_decay"],
     factor=lambda shape: 0.2 * max(shape) ** 0.5,
     sign=-1,
-    one_for_all=False,
+    old=lambda state, p: state.get("average", torch.zeros_like(p)),
+    gradient=lambda p: p.grad,
     late_decay=False,
-    in_place=False,
 ):
     """Return a class Muon, in which one of these is wrong."""
 
@@ -280,17 +280,13 @@ def muon_with(
         @torch.no_grad()
         def step(self):
             for group in self.param_groups:
-                average = None
                 for p in group["params"]:
                     if p.grad is None:
                         continue
-                    state = self.state[p]
-                    old = state.get("average", torch.zeros_like(p))
-                    average = momentum * old + (1 - momentum) * p.grad
+                    g, state = gradient(p), self.state[p]
+                    average = momentum * old(state, p) + (1 - momentum) * g
                     state["average"] = average
-                    update = turn(momentum * average + (1 - momentum) * p.grad if look_ahead else average)
-                    if in_place:
-                        p.grad.copy_(update)
+                    update = turn(momentum * average + (1 - momentum) * g if look_ahead else average)
                     if not late_decay:
                         p.mul_(decay(group))
                     p.add_(update, alpha=sign * group["lr"] * factor(p.shape))
@@ -1246,13 +1242,13 @@ class Head(nn.Module):
         return (q @ k.transpose(1, 2)).softmax(-1) @ v
 
 
-# --- Head: q @ k without a transposition of k: use k.transpose(-2, -1).
+# --- Head: the sizes do not fit in a product: it is q @ k.transpose(-2, -1), and weights @ v.
 class Head(nn.Module):
     def forward(self, q, k, v):
         return (q @ k).softmax(-1) @ v
 
 
-# --- Head: v @ weights: the weights stand on the left, weights @ v.
+# --- Head: the sizes do not fit in a product: it is q @ k.transpose(-2, -1), and weights @ v.
 class Head(nn.Module):
     def forward(self, q, k, v):
         return v @ (q @ k.mT).softmax(-1)
@@ -1289,11 +1285,11 @@ MultiHead = heads_with(
 )
 
 
-# --- MultiHead: the projection is missing: it mixes the results of the heads.
+# --- MultiHead: a layer is missing, the projection (it mixes the results of the heads) or that of the values.
 MultiHead = heads_with(mix=lambda self, out: out)
 
 
-# --- MultiHead: the projection is missing: it mixes the results of the heads.
+# --- MultiHead: a layer is missing, the projection (it mixes the results of the heads) or that of the values.
 MultiHead = heads_with(mix=lambda self, out: out, projection=False)
 
 
@@ -1356,7 +1352,7 @@ MultiHead = heads_with(layers=1)
 MultiHead = heads_with(layers=2)
 
 
-# --- MultiHead: v is x itself: values have a layer of their own.
+# --- MultiHead: a layer is missing, the projection (it mixes the results of the heads) or that of the values.
 class MultiHead(nn.Module):
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -1427,7 +1423,7 @@ class MultiHead(heads_with()):
 MultiHead = heads_with(drop=lambda self, out: out)
 
 
-# --- MultiHead: dropout has a fixed rate: use the argument dropout.
+# --- MultiHead: dropout has a fixed rate, or that of the constant DROPOUT: use the argument dropout.
 MultiHead = heads_with(rate=lambda rate: 0.1)
 
 
@@ -1435,7 +1431,7 @@ MultiHead = heads_with(rate=lambda rate: 0.1)
 MultiHead = heads_with(drop=lambda self, out: F.dropout(out, self.dropout.p))
 
 
-# --- MultiHead: the constant DROPOUT is used in place of the argument dropout.
+# --- MultiHead: dropout has a fixed rate, or that of the constant DROPOUT: use the argument dropout.
 MultiHead = heads_with(rate=lambda rate: DROPOUT)
 
 
@@ -1565,11 +1561,11 @@ FeedForward = feed_forward_with(forward=lambda self, x: x + self.shrink(F.relu(s
 FeedForward = feed_forward_with(drop=lambda self, out: out)
 
 
-# --- FeedForward: dropout has a fixed rate: use the argument dropout.
+# --- FeedForward: dropout has a fixed rate, or that of the constant DROPOUT: use the argument dropout.
 FeedForward = feed_forward_with(rate=lambda rate: 0.1)
 
 
-# --- FeedForward: the constant DROPOUT is used in place of the argument dropout.
+# --- FeedForward: dropout has a fixed rate, or that of the constant DROPOUT: use the argument dropout.
 FeedForward = feed_forward_with(rate=lambda rate: DROPOUT)
 
 
@@ -1860,7 +1856,7 @@ LM = lm_with(drop=lambda self, x: self.ln_f(self.dropout(x)))
 LM = lm_with(run=lambda self, x: x)
 
 
-# --- LM.forward: only the first block is used.
+# --- LM.forward: only one of the blocks counts: each works on the result of the one before, x = block(x).
 LM = lm_with(run=lambda self, x: self.blocks[0](x))
 
 
@@ -1868,7 +1864,7 @@ LM = lm_with(run=lambda self, x: self.blocks[0](x))
 LM = lm_with(run=lambda self, x: x + self.blocks(x))
 
 
-# --- LM.forward: the blocks work on the same x, and only the last one counts: x = block(x).
+# --- LM.forward: only one of the blocks counts: each works on the result of the one before, x = block(x).
 LM = lm_with(run=lambda self, x: self.blocks[-1](x))
 
 
@@ -2043,7 +2039,7 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     return {"loss": total / count}
 
 
-# --- estimate_loss: each batch counts with all its places, padding too: weight it with its targets.
+# --- estimate_loss: the short last window counts as much as a whole one: weight each loss with the number of its targets.
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
     model.eval()
     x, y = side_by_side(tokens, model.block_size)
@@ -2055,7 +2051,7 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     return {"loss": total / count}
 
 
-# --- estimate_loss: each window counts equally, also the short last one: weight with the number of targets.
+# --- estimate_loss: the short last window counts as much as a whole one: weight each loss with the number of its targets.
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
     model.eval()
     x, y = side_by_side(tokens, model.block_size)
@@ -2194,3 +2190,1195 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
 
 # --- orthogonalize: four rounds: there should be five.
 orthogonalize = rounds_with(4)
+
+
+# --- orthogonalize: three rounds: there should be five.
+orthogonalize = rounds_with(3)
+
+
+# --- orthogonalize: six rounds: there should be five.
+orthogonalize = rounds_with(6)
+
+
+# --- orthogonalize: ten rounds: there should be five.
+orthogonalize = rounds_with(10)
+
+
+# --- orthogonalize: one round: there should be five.
+orthogonalize = rounds_with(1)
+
+
+# --- orthogonalize: the matrix is not divided by its norm: factors above 1 explode.
+orthogonalize = rounds_with(norm=lambda x: 1.0)
+
+
+# --- orthogonalize: divided by the norm of each row: divide by the norm of the whole matrix.
+orthogonalize = rounds_with(norm=lambda x: x.norm(dim=1, keepdim=True))
+
+
+# --- orthogonalize: divided by the norm of each column: divide by the norm of the whole matrix.
+orthogonalize = rounds_with(norm=lambda x: x.norm(dim=0, keepdim=True))
+
+
+# --- orthogonalize: divided by the largest number: divide by the norm, the root of the sum of all squares.
+orthogonalize = rounds_with(norm=lambda x: x.abs().max())
+
+
+# --- orthogonalize: divided by the sum: divide by the norm, the root of the sum of all squares.
+orthogonalize = rounds_with(norm=lambda x: x.sum())
+
+
+# --- orthogonalize: divided by the sum of the squares: divide by its root, the norm.
+orthogonalize = rounds_with(norm=lambda x: x.norm() ** 2)
+
+
+# --- orthogonalize: divided by the largest singular value: divide by the norm, the root of the sum of all squares.
+orthogonalize = rounds_with(norm=lambda x: torch.linalg.matrix_norm(x, 2))
+
+
+# --- orthogonalize: the result is divided by its norm once more.
+orthogonalize = rounds_with(last=lambda x: x / x.norm())
+
+
+# --- orthogonalize: the result is multiplied by the norm again: the factors must be near 1.
+def orthogonalize(matrix):
+    return rounds_with()(matrix) * matrix.norm()
+
+
+# --- orthogonalize: a tall matrix is not transposed back.
+orthogonalize = rounds_with(back=False)
+
+
+# --- orthogonalize: the sign of the second number is wrong: -4.775.
+orthogonalize = rounds_with(b=4.775)
+
+
+# --- orthogonalize: the cubic term is missing: a x + b x xᵀ x + c x xᵀ x xᵀ x.
+orthogonalize = rounds_with(b=0)
+
+
+# --- orthogonalize: the last term is missing: a x + b x xᵀ x + c x xᵀ x xᵀ x.
+orthogonalize = rounds_with(c=0)
+
+
+# --- orthogonalize: the last two numbers are exchanged: -4.775 for x xᵀ x, 2.0315 for x xᵀ x xᵀ x.
+orthogonalize = rounds_with(b=2.0315, c=-4.775)
+
+
+# --- orthogonalize: 1.5 and -0.5 are the numbers of another method: 3.4445, -4.775 and 2.0315.
+orthogonalize = rounds_with(a=1.5, b=-0.5, c=0)
+
+
+# --- orthogonalize: all factors are exactly 1, from a decomposition: five rounds of the formula are asked for.
+def orthogonalize(matrix):
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ v
+
+
+# --- orthogonalize: squares are taken number by number: x @ x.T is a product of matrices.
+def orthogonalize(matrix):
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.775 * x**3 + 2.0315 * x**5
+    return x
+
+
+# --- orthogonalize: the matrix is only divided by its norm: the rounds are missing.
+orthogonalize = rounds_with(0)
+
+
+# --- orthogonalize: the rounds start at the matrix again: each works on the result of the one before.
+orthogonalize = rounds_with(1)
+
+
+# --- orthogonalize: the argument is changed in place: x = matrix / ..., not matrix /= ...
+def orthogonalize(matrix):
+    result = rounds_with()(matrix)
+    matrix /= matrix.norm()
+    return result
+
+
+# --- Muon: no look-ahead: step 2 adds the gradient once more, 0.95 · average + 0.05 · p.grad.
+Muon = muon_with(look_ahead=False)
+
+
+# --- Muon: the average is missing: the step follows the last gradient alone.
+Muon = muon_with(momentum=0.0)
+
+
+# --- Muon: the momentum is 0.9: it should be 0.95.
+Muon = muon_with(momentum=0.9)
+
+
+# --- Muon: the momentum is 0.99: it should be 0.95.
+Muon = muon_with(momentum=0.99)
+
+
+# --- Muon: the shares are exchanged: 0.95 of the old average, 0.05 of the gradient.
+Muon = muon_with(momentum=0.05)
+
+
+# --- Muon: the look-ahead has its shares exchanged: 0.95 of the average, 0.05 of the gradient.
+class Muon(muon_with()):
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    average = self.state[p].get("average", torch.zeros_like(p)).lerp(p.grad, 0.05)
+                    self.state[p]["average"] = average
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    update = orthogonalize(average.lerp(p.grad, 0.95))
+                    p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+# --- Muon: gradient and average are added in equal parts: 0.95 · average + 0.05 · p.grad.
+class Muon(muon_with()):
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    average = self.state[p].get("average", torch.zeros_like(p)).lerp(p.grad, 0.05)
+                    self.state[p]["average"] = average
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    update = orthogonalize(average + p.grad)
+                    p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+# --- Muon: the average is not kept: self.state[p]["average"] must hold the new one.
+Muon = muon_with(old=lambda state, p: torch.zeros_like(p))
+
+
+# --- Muon: the average starts at the first gradient: it starts at 0.
+Muon = muon_with(old=lambda state, p: state.get("average", p.grad))
+
+
+# --- Muon: the orthogonalized update is averaged: average the gradients, then orthogonalize.
+Muon = muon_with(gradient=lambda p: orthogonalize(p.grad))
+
+
+# --- Muon: the update is averaged after it was orthogonalized: average the gradients, then orthogonalize.
+Muon = muon_with(gradient=lambda p: orthogonalize(p.grad), turn=lambda m: m)
+
+
+# --- Muon: orthogonalize is missing.
+Muon = muon_with(turn=lambda m: m)
+
+
+# --- Muon: weight decay is missing: first p = p · (1 - lr · weight_decay).
+Muon = muon_with(decay=lambda group: 1)
+
+
+# --- Muon: weight decay does not contain the rate: p = p · (1 - lr · weight_decay).
+Muon = muon_with(decay=lambda group: 1 - group["weight_decay"])
+
+
+# --- Muon: weight decay has the wrong sign: p = p · (1 - lr · weight_decay).
+Muon = muon_with(decay=lambda group: 1 + group["lr"] * group["weight_decay"])
+
+
+# --- Muon: weight decay comes after the step: it comes before.
+Muon = muon_with(late_decay=True)
+
+
+# --- Muon: weight decay is added to the gradient: multiply p by 1 - lr · weight_decay.
+Muon = muon_with(gradient=lambda p: p.grad + 0.5 * p, decay=lambda group: 1)
+
+
+# --- Muon: a factor is lost: 0.2 · √(the larger number of rows or columns).
+Muon = muon_with(factor=lambda shape: 1.0)
+
+
+# --- Muon: the factor 0.2 is lost: 0.2 · √(the larger number of rows or columns).
+Muon = muon_with(factor=lambda shape: max(shape) ** 0.5)
+
+
+# --- Muon: the root of the size is lost: 0.2 · √(the larger number of rows or columns).
+Muon = muon_with(factor=lambda shape: 0.2)
+
+
+# --- Muon: the root is missing: 0.2 · √(the larger number of rows or columns).
+Muon = muon_with(factor=lambda shape: 0.2 * max(shape))
+
+
+# --- Muon: the smaller number of rows and columns is taken: it is the larger one.
+Muon = muon_with(factor=lambda shape: 0.2 * min(shape) ** 0.5)
+
+
+# --- Muon: the number of rows is taken: it is the larger number of rows or columns.
+Muon = muon_with(factor=lambda shape: 0.2 * shape[0] ** 0.5)
+
+
+# --- Muon: the number of columns is taken: it is the larger number of rows or columns.
+Muon = muon_with(factor=lambda shape: 0.2 * shape[1] ** 0.5)
+
+
+# --- Muon: the factor of another version, √max(1, rows / columns): here it is 0.2 · √(the larger one).
+Muon = muon_with(factor=lambda shape: max(1, shape[0] / shape[1]) ** 0.5)
+
+
+# --- Muon: the sign is wrong: a step goes against the gradient, p - ...
+Muon = muon_with(sign=1)
+
+
+# --- Muon: the rate is missing: multiply the update by group["lr"].
+class Muon(muon_with()):
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    average = self.state[p].get("average", torch.zeros_like(p)).lerp(p.grad, 0.05)
+                    self.state[p]["average"] = average
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(0.2 * max(p.shape) ** 0.5 * orthogonalize(p.grad.lerp(average, 0.95)))
+
+
+# --- Muon: there is one average for all matrices: each needs its own, in self.state[p].
+class Muon(muon_with()):
+    average = None
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    if self.average is None or self.average.shape != p.shape:
+                        self.average = torch.zeros_like(p)
+                    self.average = self.average.lerp(p.grad, 0.05)
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    update = orthogonalize(p.grad.lerp(self.average, 0.95))
+                    p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+# --- Muon: there is one average for all matrices: each needs its own, in self.state[p].
+class Muon(muon_with()):
+    average = 0
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.average = 0.95 * self.average + 0.05 * p.grad
+
+
+# --- Muon: nothing changes: `p = p - ...` makes a new tensor and forgets it. Change p in place, p.sub_(...).
+class Muon(muon_with()):
+    def step(self):
+        pass
+
+
+# --- Muon: only weight decay changes p: `p = p - ...` makes a new tensor and forgets it. Use p.sub_(...).
+Muon = muon_with(factor=lambda shape: 0.0)
+
+
+# --- Muon: a matrix without a gradient is an error: skip it if p.grad is None.
+class Muon(muon_with()):
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                torch.zeros_like(p).lerp_(p.grad, 0.05)
+
+
+# --- Muon: a matrix without a gradient is an error: skip it if p.grad is None.
+class Muon(muon_with()):
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                0.05 * p.grad
+
+
+# --- Muon: a matrix without a gradient is an error: skip it if p.grad is None.
+class Muon(muon_with()):
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                torch.zeros_like(p) + p.grad * 0.05
+
+
+# --- Muon: a matrix without a gradient shrinks: leave it alone.
+class Muon(muon_with()):
+    @torch.no_grad()
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+# --- Muon: p is changed with gradients on: put @torch.no_grad() above step.
+class Muon(muon_with()):
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+# --- Muon: p.grad is changed: work on a copy.
+class Muon(muon_with()):
+    @torch.no_grad()
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.copy_(p.grad.lerp(self.state[p]["average"], 0.95))
+
+
+# --- Muon: only the first matrix changes: `return` or `break` stands inside the loop.
+class Muon(muon_with()):
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        rest = group["params"][1:]
+        group["params"] = group["params"][:1]
+        super().step()
+        group["params"] += rest
+
+
+# --- make_optimizers: MUON = True is ignored: Muon gets the matrices of the blocks.
+make_optimizers = optimizers_with(muon=lambda: False)
+
+
+# --- make_optimizers: MUON = False is ignored: without Muon, AdamW gets all parameters.
+make_optimizers = optimizers_with(muon=lambda: True)
+
+
+# --- make_optimizers: Muon gets all matrices: only those of the blocks. Embeddings and lm_head are AdamW's.
+make_optimizers = optimizers_with(
+    for_muon=lambda model: [p for p in model.parameters() if p.dim() == 2]
+)
+
+
+# --- make_optimizers: Muon gets vectors, too: only matrices, dim() == 2.
+make_optimizers = optimizers_with(for_muon=lambda model: list(model.blocks.parameters()))
+
+
+# --- make_optimizers: Muon gets everything: only the matrices of the blocks.
+make_optimizers = optimizers_with(for_muon=lambda model: list(model.parameters()))
+
+
+# --- make_optimizers: AdamW gets all parameters, those of Muon, too: each parameter belongs to one.
+make_optimizers = optimizers_with(for_adamw=lambda model, muon: list(model.parameters()))
+
+
+# --- make_optimizers: biases and LayerNorms of the blocks are in no optimizer: they never change.
+make_optimizers = optimizers_with(
+    for_adamw=lambda model, muon: [
+        p for n, p in model.named_parameters() if not n.startswith("blocks")
+    ]
+)
+
+
+# --- make_optimizers: vectors (biases, LayerNorm) are in no optimizer: they never change.
+make_optimizers = optimizers_with(
+    for_adamw=lambda model, muon: [
+        p for p in model.parameters() if p.dim() == 2 and id(p) not in muon
+    ]
+)
+
+
+# --- make_optimizers: matrices outside of the blocks are in no optimizer: they never change.
+make_optimizers = optimizers_with(
+    for_adamw=lambda model, muon: [
+        p for p in model.parameters() if p.dim() != 2 and id(p) not in muon
+    ]
+)
+
+
+# --- make_optimizers: all parameters of AdamW have weight decay: only matrices should.
+make_optimizers = optimizers_with(decays=lambda p: True)
+
+
+# --- make_optimizers: no parameter of AdamW has weight decay: matrices should have WEIGHT_DECAY.
+make_optimizers = optimizers_with(decays=lambda p: False)
+
+
+# --- make_optimizers: weight decay is exchanged: matrices have it, vectors do not.
+make_optimizers = optimizers_with(decays=lambda p: p.dim() != 2)
+
+
+# --- make_optimizers: Muon has no weight decay: Muon(matrices, WEIGHT_DECAY).
+make_optimizers = optimizers_with(muon_decay=0.0)
+
+
+# --- make_optimizers: BETAS are not passed on: AdamW(..., betas=BETAS).
+make_optimizers = optimizers_with(betas=(0.9, 0.999))
+
+
+# --- make_optimizers: weight decay is AdamW's own, 0.01: the groups need WEIGHT_DECAY and 0.
+def make_optimizers(model):
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if MUON else []
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    adamw = torch.optim.AdamW(others, betas=BETAS)
+    return [adamw, Muon(matrices, WEIGHT_DECAY)] if MUON else [adamw]
+
+
+# --- make_optimizers: one optimizer is returned: return a list.
+def make_optimizers(model):
+    return optimizers_with(muon=lambda: False)(model)[0]
+
+
+# --- make_optimizers: Adam in place of AdamW: its weight decay works in another way.
+def make_optimizers(model):
+    return [torch.optim.Adam(model.parameters(), betas=BETAS)]
+
+
+# --- make_optimizers: SGD in place of AdamW.
+def make_optimizers(model):
+    return [torch.optim.SGD(model.parameters(), lr=0.1)]
+
+
+# --- make_optimizers: `p not in list` compares numbers, and fails: compare with `is`, or by id(p).
+def make_optimizers(model):
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p not in matrices]
+    return [torch.optim.AdamW(others)]
+
+
+# --- get_lr: the first step has the rate 0: it is peak / warmup, so (step + 1) / warmup.
+get_lr = rates_with(up=lambda step, warmup: step / warmup)
+
+
+# --- get_lr: the first step has the rate 0: step s has (s + 1) / warmup, and step warmup - 1 the peak.
+get_lr = rates_with(
+    up=lambda step, warmup: step / warmup, left=lambda step, n, w: (n - step) / (n - w)
+)
+
+
+# --- get_lr: the peak comes one step too late: step warmup - 1 has it, then the rate falls.
+get_lr = rates_with(left=lambda step, n, w: (n - step) / (n - w))
+
+
+# --- get_lr: the rate ends too early: step max_iters, one after the last, has FINAL_LR · peak.
+get_lr = rates_with(left=lambda step, n, w: (n - 1 - step) / (n - w))
+
+
+# --- get_lr: the rate ends too early: step max_iters, one after the last, has FINAL_LR · peak.
+get_lr = rates_with(left=lambda step, n, w: (n - 1 - step) / (n - 1 - w))
+
+
+# --- get_lr: there is no warm-up: the rate begins at the peak.
+get_lr = rates_with(warmup=lambda n: 0)
+
+
+# --- get_lr: there is no warm-up: the first steps have the peak.
+get_lr = rates_with(up=lambda step, warmup: 1.0)
+
+
+# --- get_lr: there is no warm-up: the line down is right, but the line up is missing.
+get_lr = rates_with(up=lambda step, w: FINAL_LR + (1 - FINAL_LR) * min(1, (50 - step) / (50 - w + 1)))
+
+
+# --- get_lr: the rate never falls: after the warm-up, a line goes down to FINAL_LR · peak.
+get_lr = rates_with(down=lambda left: 1.0)
+
+
+# --- get_lr: FINAL_LR is ignored: the line goes down to FINAL_LR · peak, not to 0.
+get_lr = rates_with(down=lambda left: left)
+
+
+# --- get_lr: FINAL_LR is a floor for a line that goes to 0: the line itself goes to FINAL_LR · peak.
+get_lr = rates_with(down=lambda left: max(left, FINAL_LR))
+
+
+# --- get_lr: FINAL_LR is added to the whole line: the peak must stay the peak.
+get_lr = rates_with(down=lambda left: FINAL_LR + left)
+
+
+# --- get_lr: FINAL_LR is taken for a rate: it is a share of the peak, FINAL_LR · peak.
+def get_lr(step, max_iters, peak):
+    warmup = max(1, min(WARMUP_ITERS, max_iters // 10))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return FINAL_LR + (peak - FINAL_LR) * (max_iters - step) / (max_iters - warmup + 1)
+
+
+# --- get_lr: a cosine in place of a line: the rate falls in a straight line.
+get_lr = rates_with(
+    down=lambda left: FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 - math.cos(math.pi * left))
+)
+
+
+# --- get_lr: a cosine in place of a line: the rate falls in a straight line.
+get_lr = rates_with(
+    left=lambda step, n, w: (n - step) / (n - w),
+    down=lambda left: FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 - math.cos(math.pi * left)),
+)
+
+
+# --- get_lr: the line down starts at step 0: it starts at the peak, at step warmup - 1.
+get_lr = rates_with(left=lambda step, n, w: (n - step) / n)
+
+
+# --- get_lr: the warm-up of a short run is too long: at most max_iters // 10 steps.
+get_lr = rates_with(warmup=lambda n: WARMUP_ITERS)
+
+
+# --- get_lr: the warm-up is always max_iters // 10: it is WARMUP_ITERS, and at most that.
+get_lr = rates_with(warmup=lambda n: max(1, n // 10))
+
+
+# --- get_lr: the warm-up of a very short run has 0 steps: it is at least 1.
+get_lr = rates_with(warmup=lambda n: min(WARMUP_ITERS, n // 10))
+
+
+# --- get_lr: the larger of WARMUP_ITERS and max_iters // 10 is taken: it is the smaller one.
+get_lr = rates_with(warmup=lambda n: max(WARMUP_ITERS, n // 10))
+
+
+# --- get_lr: the argument peak is ignored: LEARNING_RATE is used in its place.
+get_lr = rates_with(peak=lambda peak: LEARNING_RATE)
+
+
+# --- get_lr: the share of the peak is returned: multiply by peak.
+get_lr = rates_with(peak=lambda peak: 1.0)
+
+
+# --- get_lr: the constant MAX_ITERS is used in place of the argument max_iters.
+get_lr = rates_with(left=lambda step, n, w: (MAX_ITERS - step) / (MAX_ITERS - w + 1))
+
+
+# --- train_step: the gradients are never set to zero: the next one is added to this one.
+train_step = step_with(zero=lambda model, optimizers: None)
+
+
+# --- train_step: only the first optimizer's gradients are set to zero: call zero_grad for each.
+train_step = step_with(zero=lambda model, optimizers: optimizers[0].zero_grad())
+
+
+# --- train_step: only the first optimizer makes a step: call step for each.
+train_step = step_with(step=lambda optimizers: optimizers[0].step())
+
+
+# --- train_step: only the last optimizer makes a step: call step for each, inside the loop.
+train_step = step_with(step=lambda optimizers: optimizers[-1].step())
+
+
+# --- train_step: only the first optimizer makes a step, and has its gradients set to zero: do it for each.
+# (`return` inside the loop?)
+train_step = step_with(
+    rate=lambda optimizers, lr: [g.update(lr=lr) for g in optimizers[0].param_groups],
+    step=lambda optimizers: optimizers[0].step(),
+    zero=lambda model, optimizers: optimizers[0].zero_grad(),
+)
+
+
+# --- train_step: only the first optimizer makes a step, and has its gradients set to zero: do it for each.
+# (`return` inside the loop?)
+train_step = step_with(
+    step=lambda optimizers: optimizers[0].step(),
+    zero=lambda model, optimizers: optimizers[0].zero_grad(),
+)
+
+
+# --- train_step: no optimizer makes a step: nothing changes.
+train_step = step_with(step=lambda optimizers: None)
+
+
+# --- train_step: nothing changes: the gradients are set to zero before the step.
+train_step = step_with(order="backward clip rate zero step")
+
+
+# --- train_step: nothing changes: backward is missing, so there are no gradients.
+train_step = step_with(order="rate step zero")
+
+
+# --- train_step: the rate is not set: the step used the old one. Set group["lr"] = lr in each of
+# optimizer.param_groups.
+train_step = step_with(rate=lambda optimizers, lr: None)
+
+
+# --- train_step: the rate is set after the step: set it before.
+train_step = step_with(order="backward clip step rate zero")
+
+
+# --- train_step: only the first optimizer gets the rate: set it for each.
+train_step = step_with(
+    rate=lambda optimizers, lr: [g.update(lr=lr) for g in optimizers[0].param_groups]
+)
+
+
+# --- train_step: the rate is set as an attribute of the optimizer: it reads group["lr"] of its param_groups.
+train_step = step_with(rate=lambda optimizers, lr: [setattr(o, "lr", lr) for o in optimizers])
+
+
+# --- train_step: clipping is missing: cut the length of the gradient to GRADIENT_CLIP before the step.
+train_step = step_with(clip=lambda model: None)
+
+
+# --- train_step: clipping comes after the step: do it between backward and step.
+train_step = step_with(order="backward rate step clip zero")
+
+
+# --- train_step: clipping comes before backward: do it between backward and step.
+train_step = step_with(order="clip backward rate step zero")
+
+
+# --- train_step: each number of the gradient is clipped: clip its length, clip_grad_norm_.
+train_step = step_with(
+    clip=lambda model: GRADIENT_CLIP
+    and nn.utils.clip_grad_value_(model.parameters(), GRADIENT_CLIP)
+)
+
+
+# --- train_step: each parameter's gradient is clipped on its own: clip the length of all together.
+train_step = step_with(
+    clip=lambda model: GRADIENT_CLIP
+    and [nn.utils.clip_grad_norm_(p, GRADIENT_CLIP) for p in model.parameters()]
+)
+
+
+# --- train_step: every gradient is brought to the length GRADIENT_CLIP: short ones must stay short.
+def to_length(model):
+    if GRADIENT_CLIP:
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        for p in model.parameters():
+            p.grad.mul_(GRADIENT_CLIP / norm)
+
+
+train_step = step_with(clip=to_length)
+
+
+# --- train_step: the length of the gradient is clipped to 1: it is GRADIENT_CLIP.
+train_step = step_with(clip=lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+
+
+# --- train_step: the parameters are clipped: clip their gradients.
+def clip_parameters(model):
+    if GRADIENT_CLIP:
+        norm = torch.cat([p.flatten() for p in model.parameters()]).norm()
+        for p in model.parameters():
+            p.data.mul_(min(1, GRADIENT_CLIP / norm.item()))
+
+
+train_step = step_with(clip=clip_parameters)
+
+
+# --- train_step: GRADIENT_CLIP = None is an error: it means no limit.
+train_step = step_with(clip=lambda model: nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP))
+
+
+# --- train_step: the model is not in training mode: call model.train() first.
+train_step = step_with(mode=lambda model: None)
+
+
+# --- train_step: the model is in evaluation mode, so dropout is off: call model.train().
+train_step = step_with(mode=lambda model: model.eval())
+
+
+# --- train_step: the loss after the step is returned: return the one before it.
+train_step = step_with(result=lambda loss, model, x, y: model(x, y)[1].detach())
+
+
+# --- train_step: nothing is returned: return the loss.
+train_step = step_with(result=lambda loss, model, x, y: None)
+
+
+# --- train_step: logits and loss are returned: return the loss.
+train_step = step_with(result=lambda loss, model, x, y: model(x, y))
+
+
+# --- train_step: the loss is taken from a tuple: `_, loss = model(x, y)`.
+def train_step(model, optimizers, x, y, lr):
+    loss = model(x, y)
+    loss.backward()
+
+
+# --- train: only evaluations: nothing is trained.
+def train(model, tokenizer, optimizers, splits, run):
+    for step in range(run["step"], run["max_iters"] + 1):
+        if step % EVAL_INTERVAL == 0 or step == run["max_iters"]:
+            run["history"][step] = evaluate(model, tokenizer, splits, run["prompt"], step)
+
+
+# --- train: one step too many: training ends at step run["max_iters"].
+train = train_with(last=lambda run: run["max_iters"] + 1)
+
+
+# --- train: one step too few, and the last evaluation is missing: training ends at step run["max_iters"].
+train = train_with(last=lambda run: run["max_iters"] - 1)
+
+
+# --- train: the constant MAX_ITERS is used in place of run["max_iters"].
+train = train_with(last=lambda run: MAX_ITERS)
+
+
+# --- train: batches are of the validation text: train with splits["train"].
+train = train_with(part="val")
+
+
+# --- train: get_lr gets a wrong step: it is `step`.
+train = train_with(rate=lambda step, run, peak: get_lr(step + 1, run["max_iters"], peak))
+
+
+# --- train: get_lr is not asked: the rate is constant.
+train = train_with(rate=lambda step, run, peak: peak)
+
+
+# --- train: get_lr gets the constant MAX_ITERS: it is run["max_iters"].
+train = train_with(rate=lambda step, run, peak: get_lr(step, MAX_ITERS, peak))
+
+
+# --- train: the peak is LEARNING_RATE with MUON = False, too: then it is ADAMW_LEARNING_RATE.
+train = train_with(peak=lambda: LEARNING_RATE)
+
+
+# --- train: the peak is ADAMW_LEARNING_RATE with MUON = True, too: then it is LEARNING_RATE.
+train = train_with(peak=lambda: ADAMW_LEARNING_RATE)
+
+
+# --- train: the two peaks are exchanged: LEARNING_RATE if MUON, else ADAMW_LEARNING_RATE.
+train = train_with(peak=lambda: ADAMW_LEARNING_RATE if MUON else LEARNING_RATE)
+
+
+# --- train: batch_size and block_size are exchanged for get_batch.
+train = train_with(sizes=lambda model: (model.block_size, BATCH_SIZE))
+
+
+# --- train: every step is evaluated: only multiples of EVAL_INTERVAL, and the last one.
+train = train_with(is_due=lambda step, run: True)
+
+
+# --- train: no step is evaluated.
+train = train_with(is_due=lambda step, run: False)
+
+
+# --- train: the last step is not evaluated: step run["max_iters"] is, too.
+train = train_with(is_due=lambda step, run: step % EVAL_INTERVAL == 0)
+
+
+# --- train: the first step is not evaluated: step 0 is a multiple of EVAL_INTERVAL, too.
+train = train_with(is_due=lambda s, run: s > 0 and (s % EVAL_INTERVAL == 0 or s == run["max_iters"]))
+
+
+# --- train: only the last step is evaluated: multiples of EVAL_INTERVAL are, too.
+train = train_with(is_due=lambda step, run: step == run["max_iters"])
+
+
+# --- train: the evaluation comes after the step: at step 0 the model has learned nothing.
+train = train_with(evaluate_first=False)
+
+
+# --- train: the losses are not kept: run["history"][step] = evaluate(...).
+train = train_with(keep=False)
+
+
+# --- train: it saves at the beginning, where nothing is new.
+train = train_with(may_save=lambda step, begin: True)
+
+
+# --- train: it never saves: call save_step after an evaluation.
+train = train_with(may_save=lambda step, begin: False)
+
+
+# --- train: a resumed run begins at step 0 again: begin at run["step"].
+train = train_with(first=lambda run: 0)
+
+
+# --- train: a resumed run evaluates its first step again: it is in run["history"].
+train = train_with(is_due=lambda s, run: s % EVAL_INTERVAL == 0 or s in (run["max_iters"], 3), again=lambda step, run: True)
+
+
+# --- train: there is no seed for each step: a resumed run draws other random numbers. Use
+# torch.manual_seed(run["seed"] * 1_000_000 + step).
+train = train_with(seed=lambda run, step: None)
+
+
+# --- train: the seed is set once, at the beginning: a resumed run draws other random numbers. Set it in each step.
+train = train_with(seed=lambda run, step: torch.manual_seed(run["seed"]) if step == run["step"] else None)
+
+
+# --- train: every step has the same seed, so every batch is the same: add the number of the step.
+train = train_with(seed=lambda run, step: torch.manual_seed(run["seed"]))
+
+
+# --- train: the seed does not depend on run["seed"].
+train = train_with(seed=lambda run, step: torch.manual_seed(step))
+
+
+# --- train: the seconds of earlier parts are lost: add run["seconds"], as it was at the beginning.
+train = train_with(earlier=lambda run: 0.0)
+
+
+# --- next_token_probabilities: the temperature is multiplied: divide the logits by it.
+next_token_probabilities = probabilities_with(temperature_=lambda l, t: l * t)
+
+
+# --- next_token_probabilities: the temperature is ignored: divide the logits by it.
+next_token_probabilities = probabilities_with(temperature_=lambda l, t: l)
+
+
+# --- next_token_probabilities: the probabilities are divided by the temperature: divide the logits.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    return logits.softmax(-1) / temperature
+
+
+# --- next_token_probabilities: temperature 0 divides by 0: it means the most likely token, always.
+next_token_probabilities = probabilities_with(greedy=False)
+
+
+# --- next_token_probabilities: temperature 0 is ignored: it means the most likely token, always.
+next_token_probabilities = probabilities_with(
+    greedy=False, temperature_=lambda l, t: l / t if t > 0 else l
+)
+
+
+# --- next_token_probabilities: temperature 0 gives the number of a token: give its place the probability 1.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    if temperature == 0:
+        return logits.argmax()
+    return probabilities_with()(logits, temperature, top_k, top_p)
+
+
+# --- next_token_probabilities: top_k keeps one token too many.
+next_token_probabilities = probabilities_with(kept_k=lambda k, V: k + 1)
+
+
+# --- next_token_probabilities: top_k keeps one token too few.
+next_token_probabilities = probabilities_with(kept_k=lambda k, V: k - 1)
+
+
+# --- next_token_probabilities: top_k is ignored.
+next_token_probabilities = probabilities_with(kept_k=lambda k, V: V)
+
+
+# --- next_token_probabilities: top_k keeps the least likely tokens: keep the most likely.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    p = logits.softmax(-1)
+    if top_k is not None:
+        kept = (-p).topk(min(top_k, len(p))).indices
+        p = torch.zeros_like(p).scatter(0, kept, p[kept])
+    return p / p.sum()
+
+
+# --- next_token_probabilities: a top_k larger than V is an error: at most V.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    if top_k is not None:
+        torch.topk(logits, top_k)
+    return probabilities_with()(logits, temperature, top_k, top_p)
+
+
+# --- next_token_probabilities: with top_k, the sum is not 1: divide by the sum of those that are kept.
+next_token_probabilities = probabilities_with(finish=lambda p: p)
+
+
+# --- next_token_probabilities: the others' logits are set to 0, so they keep a probability: use -inf.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    logits = logits / temperature if temperature else logits
+    if top_k is not None:
+        smallest = logits.topk(min(top_k, len(logits))).values[-1]
+        logits = torch.where(logits >= smallest, logits, 0.0)
+    return logits.softmax(-1)
+
+
+# --- next_token_probabilities: the first token over the threshold is dropped: those before it have less than
+# top_p, so it is kept.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    p = probabilities_with()(logits, temperature, top_k)
+    if top_p is not None:
+        kept, ids = p.sort(descending=True)
+        kept = kept.masked_fill(kept.cumsum(0) > top_p, 0)
+        p = torch.zeros_like(p).scatter(0, ids, kept / kept.sum())
+    return p
+
+
+# --- next_token_probabilities: the first token over the threshold is dropped: those before it have less than
+# top_p, so it is kept.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    p = probabilities_with()(logits, temperature, top_k)
+    if top_p is not None:
+        kept, ids = p.sort(descending=True)
+        hidden = kept.cumsum(0) > top_p
+        hidden[0] = False
+        kept = kept.masked_fill(hidden, 0)
+        p = torch.zeros_like(p).scatter(0, ids, kept / kept.sum())
+    return p
+
+
+# --- next_token_probabilities: top_p keeps one token too many: leave out a token if those before it reach top_p.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    p = probabilities_with()(logits, temperature, top_k)
+    if top_p is not None:
+        kept, ids = p.sort(descending=True)
+        before = F.pad((kept.cumsum(0) - kept)[:-1], (1, 0))
+        kept = kept.masked_fill(before >= top_p, 0)
+        p = torch.zeros_like(p).scatter(0, ids, kept / kept.sum())
+    return p
+
+
+# --- next_token_probabilities: top_p is ignored.
+next_token_probabilities = probabilities_with(too_much=lambda p, before, top_p: before > 2)
+
+
+# --- next_token_probabilities: top_p keeps the tokens whose own probability is at least top_p: it is a sum.
+next_token_probabilities = probabilities_with(too_much=lambda p, before, top_p: p < top_p)
+
+
+# --- next_token_probabilities: top_p drops tokens with a probability below 1 - top_p: it is a sum.
+next_token_probabilities = probabilities_with(too_much=lambda p, before, top_p: p < 1 - top_p)
+
+
+# --- next_token_probabilities: top_p starts with the least likely tokens: start with the most likely.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    p = probabilities_with()(logits, temperature, top_k)
+    if top_p is not None:
+        kept, ids = p.sort()
+        kept = kept.masked_fill(kept.cumsum(0) - kept >= top_p, 0)
+        p = torch.zeros_like(p).scatter(0, ids, kept / kept.sum())
+    return p
+
+
+# --- next_token_probabilities: top_p adds up the tokens in the order of their ids: sort them first.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    p = probabilities_with()(logits, temperature, top_k)
+    if top_p is not None:
+        p = p.masked_fill(p.cumsum(0) - p >= top_p, 0)
+        p = p / p.sum()
+    return p
+
+
+# --- next_token_probabilities: with top_p, the sum is not 1: divide by the sum of those that are kept.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    p = probabilities_with()(logits, temperature, top_k)
+    if top_p is not None:
+        p = probabilities_with(finish=lambda p: p)(p.log(), top_p=top_p)
+    return p
+
+
+# --- next_token_probabilities: the result is sorted: give each probability back to the place of its token.
+next_token_probabilities = probabilities_with(back=lambda p, ids: p)
+
+
+# --- next_token_probabilities: with options, the result is sorted: give each probability back to its place.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    if top_k is None and top_p is None:
+        return probabilities_with()(logits, temperature)
+    return probabilities_with(back=lambda p, ids: p)(logits, temperature, top_k, top_p)
+
+
+# --- next_token_probabilities: with top_k, only k probabilities are returned: there is a place for each of V tokens.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    if top_k is not None:
+        return probabilities_with()(logits.topk(min(top_k, len(logits))).values, temperature)
+    return probabilities_with()(logits, temperature, top_k, top_p)
+
+
+# --- next_token_probabilities: the places are taken in the wrong direction: scatter, p[ids] = kept, not kept[ids].
+next_token_probabilities = probabilities_with(back=lambda p, ids: p[ids])
+
+
+# --- next_token_probabilities: logits are returned: apply softmax.
+next_token_probabilities = probabilities_with(soft=lambda logits: logits, finish=lambda p: p)
+
+
+# --- next_token_probabilities: ln of the probabilities is returned: softmax, not log_softmax.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    return (logits / temperature).log_softmax(-1)
+
+
+# --- next_token_probabilities: softmax twice: the probabilities become almost equal.
+next_token_probabilities = probabilities_with(soft=lambda logits: logits.softmax(-1).softmax(-1))
+
+
+# --- next_token_probabilities: exp without division by the sum.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    return (logits / temperature).exp()
+
+
+# --- next_token_probabilities: exp of large logits overflows: use softmax, or subtract the largest first.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    p = probabilities_with()(logits, temperature, top_k, top_p)
+    return p if logits.max() < 80 else p * math.nan
+
+
+# --- next_token_probabilities: the constants TEMPERATURE, TOP_K, TOP_P are used in place of the arguments.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    return probabilities_with()(logits, TEMPERATURE, TOP_K, TOP_P)
+
+
+# --- next_token_probabilities: the constant TEMPERATURE is used in place of the argument temperature.
+next_token_probabilities = probabilities_with(temperature_=lambda l, t: l / TEMPERATURE)
+
+
+# --- next_token_probabilities: the logits are changed in place: the caller's tensor changes, too.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    p = probabilities_with()(logits, temperature, top_k, top_p)
+    if top_k is not None:
+        logits[p == 0] = -math.inf
+    return p
+
+
+# --- next_token_probabilities: the logits are changed in place: the caller's tensor changes, too.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    p = probabilities_with()(logits, temperature, top_k, top_p)
+    logits /= temperature or 1
+    return p
+
+
+# --- next_token_probabilities: a token is drawn: return the probabilities. generate draws.
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    return torch.multinomial(logits.softmax(-1), 1)
+
+
+# --- generate: the new token is not appended: the model sees the same text again and again.
+generate = generate_with(append=False)
+
+
+# --- generate: only the last token is shown to the model: show the last block_size tokens.
+generate = generate_with(crop=lambda ids, T: ids[-1:])
+
+
+# --- generate: the prompt is not cropped: the model sees at most the last block_size tokens.
+generate = generate_with(crop=lambda ids, T: ids)
+
+
+# --- generate: the first block_size tokens are shown to the model: show the last ones.
+generate = generate_with(crop=lambda ids, T: ids[:T])
+
+
+# --- generate: block_size - 1 tokens are shown to the model: show the last block_size.
+generate = generate_with(crop=lambda ids, T: ids[-T + 1 :])
+
+
+# --- generate: block_size + 1 tokens are shown to the model: show the last block_size.
+generate = generate_with(crop=lambda ids, T: ids[-T - 1 :])
+
+
+# --- generate: the constant BLOCK_SIZE is used in place of model.block_size.
+generate = generate_with(crop=lambda ids, T: ids[-BLOCK_SIZE:])
+
+
+# --- generate: the prompt is cropped only once, at the beginning: crop it for each new token.
+generate = generate_with(start=lambda ids: list(ids[-4:]), crop=lambda ids, T: ids)
+
+
+# --- generate: the first position's logits are used: the last position predicts the new token.
+generate = generate_with(row=lambda logits: logits[0, 0])
+
+
+# --- generate: the logits of the last but one position are used: the last one predicts the new token.
+generate = generate_with(row=lambda logits: logits[0, -2] if logits.shape[1] > 1 else logits[0, 0])
+
+
+# --- generate: always the most likely token: draw at random with these probabilities (torch.multinomial).
+generate = generate_with(draw=lambda p: p.argmax().item())
+
+
+# --- generate: the probabilities are ignored, each token is as likely as another: torch.multinomial(p, 1).
+generate = generate_with(draw=lambda p: int(torch.randint(len(p), (1,))))
+
+
+# --- generate: nothing is drawn at random among the tokens with a probability in their proportion: torch.multinomial(p, 1).
+generate = generate_with(draw=lambda p: int(torch.multinomial((p > 0).float(), 1)))
+
+
+# --- generate: the caller's list is changed: work on a copy, list(ids).
+generate = generate_with(start=lambda ids: ids)
+
+
+# --- generate: the prompt is yielded, too, and all at the end: yield each new token as soon as it is drawn.
+generate = generate_with(late=True)
+
+
+# --- generate: the prompt is yielded, too: yield only new tokens.
+def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
+    yield from ids
+    yield from generate_with()(model, ids, max_new_tokens, temperature, top_k, top_p)
+
+
+# --- generate: the whole text is yielded each time: yield the new token.
+def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
+    text = list(ids)
+    for token in generate_with()(model, ids, max_new_tokens, temperature, top_k, top_p):
+        text.append(token)
+        yield text
+
+
+# --- generate: one token too many: max_new_tokens in all.
+generate = generate_with(count=lambda n: n + 1)
+
+
+# --- generate: one token too few: max_new_tokens in all.
+generate = generate_with(count=lambda n: n - 1)
+
+
+# --- generate: only one token comes: `return` or `break` stands inside the loop.
+generate = generate_with(count=lambda n: min(n, 1))
+
+
+# --- generate: nothing is yielded: yield each token as soon as it is drawn.
+def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
+    for _ in generate_with()(model, ids, max_new_tokens, temperature, top_k, top_p):
+        if False:
+            yield
+
+
+# --- generate: probabilities are yielded: draw a token, and yield its id.
+def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
+    for _ in generate_with()(model, ids, max_new_tokens, temperature, top_k, top_p):
+        yield torch.rand(30)
+
+
+# --- generate: the model is in training mode, so dropout is on: call model.eval() first.
+generate = generate_with(prepare=lambda model: None)
+
+
+# --- generate: the model is in training mode, so dropout is on: call model.eval() first.
+generate = generate_with(prepare=lambda model: model.train())
+
+
+# --- generate: gradients are recorded: put @torch.no_grad() above the function.
+generate = generate_with(gradients=True)
+
+
+# --- generate: the temperature is not passed on.
+generate = generate_with(options=lambda t, k, p: (1.0, k, p))
+
+
+# --- generate: top_k is not passed on.
+generate = generate_with(options=lambda t, k, p: (t, None, p))
+
+
+# --- generate: top_p is not passed on.
+generate = generate_with(options=lambda t, k, p: (t, k, None))
+
+
+# --- generate: temperature, top_k and top_p are not passed on.
+generate = generate_with(options=lambda t, k, p: (1.0, None, None))
+
+
+# --- generate: the constants TEMPERATURE, TOP_K, TOP_P are used in place of the arguments.
+generate = generate_with(options=lambda t, k, p: (TEMPERATURE, TOP_K, TOP_P))
+
+
+# --- generate: top_k and top_p are exchanged.
+generate = generate_with(options=lambda t, k, p: (t, p, k))
+
+
+# --- generate: the model needs a batch: torch.tensor([ids]), (1, T), not (T,).
+def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
+    logits, _ = model(torch.tensor(ids[-model.block_size :]))
+    yield 0
+
+
+# --- generate: the logits of all positions go to next_token_probabilities: only the last, logits[0, -1].
+generate = generate_with(row=lambda logits: logits[0])
+
+
+# --- generate: the logits of the batch go to next_token_probabilities: logits[0, -1], of shape (V,).
+generate = generate_with(row=lambda logits: logits[:, -1])
+
+
+# --- generate: a token is drawn from the logits: from the probabilities, of next_token_probabilities.
+def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
+    model.eval()
+    with torch.no_grad():
+        logits, _ = model(torch.tensor([ids[-model.block_size :]]))
+    yield int(torch.multinomial(logits[0, -1], 1))

@@ -83,7 +83,7 @@ def watch_head(gpt):
 def watch_multi_head(gpt, *more):
     """`more` are arguments that other scripts have."""
     C, H = 12, 3
-    gpt.N_EMBED, gpt.N_HEADS, gpt.DROPOUT = 24, 2, 0.0
+    gpt.N_EMBED, gpt.N_HEADS, gpt.DROPOUT = 24, 2, 0.25
     x = numbers(2, 5, C)
     layer = fill(gpt.MultiHead(C, H, 0.0, *more), equal_numbers).eval()
     yield "result, with all numbers of the matrices 0.3 and no biases,", tensor(layer(x), "MultiHead")
@@ -97,12 +97,16 @@ def watch_multi_head(gpt, *more):
     yield "change of the last result if earlier tokens change places", Near(change, 1e-3)
     other = torch.cat([x[:1], x[1:] + 1])
     yield "change of the first text's result with the second text", (layer(other) - before)[:1]
+    single = torch.cat([torch.zeros(1, 1, C), torch.eye(C)[:, None]])  # texts of one token
+    results = layer(single)
+    matrix = (results[1:] - results[:1])[:, 0]  # what a single token is multiplied by
+    yield "rank of the matrix for a single token", int(torch.linalg.matrix_rank(matrix, rtol=1e-3))
     yield from watch_dropout(lambda rate: gpt.MultiHead(C, H, rate, *more), x)
 
 
 def watch_feed_forward(gpt):
     x = numbers(2, 3, 6)
-    gpt.N_EMBED, gpt.DROPOUT = 12, 0.0
+    gpt.N_EMBED, gpt.DROPOUT = 12, 0.25
     layer = fill(gpt.FeedForward(6, 0.0), numbers_by_size).eval()
     yield "how many numbers the matrices have for C = 6", size_of_matrices(layer)
     yield "result", tensor(layer(x), "FeedForward")
@@ -188,7 +192,7 @@ def watch_lm(gpt):
 def set_other_sizes(gpt):
     """Give the script's constants values that no grader uses: a piece must use its arguments."""
     gpt.VOCAB_SIZE, gpt.BLOCK_SIZE, gpt.N_EMBED = 97, 9, 20
-    gpt.N_LAYERS, gpt.N_HEADS, gpt.DROPOUT = 3, 5, 0.125
+    gpt.N_LAYERS, gpt.N_HEADS, gpt.DROPOUT = 5, 6, 0.125
 
 
 def watch_lm_forward(gpt):
@@ -203,6 +207,7 @@ def watch_lm_forward(gpt):
     yield "loss without targets", loss
     logits, loss = two(model(idx, targets), "LM.forward", "logits, loss")
     yield "loss", loss
+    yield "backward can go back from the loss", getattr(loss, "requires_grad", False)
     yield "logits, if there are targets,", tensor(logits, "LM.forward")
     padded = targets.clone()
     padded[:, 2:] = -100
