@@ -32,6 +32,7 @@ PyTorch supplies tensors (arrays of numbers), and more that is explained below. 
     B   batch: pieces of text processed in parallel   H   heads per block
     T   time: tokens in one piece                     hs  head size, C / H
     C   channels: numbers that represent one token    V   vocabulary: number of different tokens
+    N   tokens of a whole text
 
 Paper: Vaswani et al. 2017, arXiv 1706.03762. Next: word_gpt.py (words) and gpt2.py (GPT-2 itself).
 """
@@ -63,7 +64,7 @@ from torch import nn
 # --- 1. Hyperparameters: edit them, and run again. Each is explained where it is used. ------------
 NAME = "char_gpt"  # a run is a file: NAME-1.pt, the next one NAME-2.pt
 # Where a line has an else, its first value is for a GPU of NVIDIA that computes in bfloat16
-# (numbers of 16 bits). These values are computed, not tried: see tests/RESULTS.md.
+# (numbers of 16 bits). They are estimates: no GPU was at hand to try them (tests/RESULTS.md).
 FAST_GPU = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 SEED = 1337  # where all random numbers start, 0 to 2**32 - 1; another one gives another model
 # Data
@@ -82,7 +83,7 @@ BATCH_SIZE = 64 if FAST_GPU else 32  # B; more: a more exact gradient, and a slo
 MAX_ITERS = 2200 if FAST_GPU else 1600  # training steps
 MUON = True  # a better optimizer for most matrices (see behind the lesson); False: AdamW alone
 LEARNING_RATE = 1e-3 if FAST_GPU else 8e-3  # the peak; too high: the loss jumps; too low: it crawls
-ADAMW_LEARNING_RATE = 1e-3 if FAST_GPU else 1.6e-2  # the peak if MUON = False
+ADAMW_LEARNING_RATE = 1e-3 if FAST_GPU else 1.6e-2  # the peak in place of it if MUON = False
 FINAL_LR = 0.0  # share of the peak that is left at the end; 1: it never falls
 WARMUP_ITERS = 100  # steps until the peak
 BETAS = (0.9, 0.99)  # AdamW averages about 1 / (1 - beta) steps: 10 gradients, 100 squares of them
@@ -157,7 +158,7 @@ def get_batch(tokens, batch_size, block_size, device):
     check(len(tokens) > block_size, f"{len(tokens)} tokens: a window and its targets need more")
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1))  # from 0 to N - T - 1
     # (B, 1) + (T + 1,) -> (B, T + 1): each start + 0, 1, ..., T. Indexing picks the tokens there.
-    windows = tokens[starts + torch.arange(block_size + 1)].long().to(device)
+    windows = tokens[starts + torch.arange(block_size + 1)].long().to(device)  # long: int64
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -173,7 +174,7 @@ def get_batch(tokens, batch_size, block_size, device):
 #   calls a module like a function: module(x) runs its method `forward`.
 # - Training needs the gradient. PyTorch remembers how the loss was computed, step by step. From the
 #   loss it goes back to the first layer, and multiplies the derivatives on its way (the chain
-#   rule). Where a derivative is almost 0, the layers in front of it hardly learn.
+#   rule). Where a derivative is almost 0, the layers before it, nearer the input, hardly learn.
 # - Softmax turns numbers into probabilities: p_i = exp(x_i) / (sum of exp(x_j) over all j). The
 #   numbers 2, 1, 0 become 0.67, 0.24, 0.09: all positive, with sum 1. Adding the same number to all
 #   of them changes nothing. Numbers that will go into a softmax are called logits, or scores.
@@ -189,15 +190,16 @@ def get_batch(tokens, batch_size, block_size, device):
 #           * position_embedding, 4 × 4: the last row   -0.15   0.33   0.00  -0.17
 #             their sum, a vector of C numbers          -0.29  -0.54   0.06  -0.62
 #   Block, N_LAYERS times:
-#           * LayerNorm, 4 + 4
-#           * MultiHead, 4 × 12 for q, k and v, and 4 × 4 + 4: what the position collects
-#             from earlier ones                          0.24  -0.52  -0.37  -0.08
+#           * LayerNorm, 4 + 4: steady sizes, see Block
+#           * MultiHead, 4 × 12 for q, k and v (see Head), and 4 × 4 + 4: what the position
+#             collects from itself and earlier ones      0.24  -0.52  -0.37  -0.08
 #           * LayerNorm, 4 + 4
 #           * FeedForward, 4 × 16 + 16 and 16 × 4 + 4: what the position computes
 #             from all that it has                      -0.40   0.34   0.04  -0.02
 #             the sum of these three vectors            -0.45  -0.71  -0.26  -0.72
 #   LM        ln_f, a LayerNorm: mean 0, deviation 1:    0.44  -0.91   1.43  -0.96
-#           * ... times 4 learned numbers, plus 4:       1.79  -1.66   3.04  -2.17
+#           * ln_f, 4 + 4: each number is multiplied by a learned one, then one is added:
+#                                                        1.79  -1.66   3.04  -2.17
 #           * lm_head, 4 × 7: one logit for each possible next token, (B, T, V); softmax of them
 #                                   " "    "b"    "e"    "n"    "o"    "r"    "t"
 #             logits              -1.74   2.85   4.90  -0.45  -2.93   2.32  -0.23
@@ -213,8 +215,8 @@ class Head(nn.Module):
 
     Linear layers (in MultiHead) give every position a query q (what it looks for), a key k (what it
     offers) and a value v (what it hands over), of hs numbers each. The score of two positions is
-    q · k / √hs: large if the key fits. Softmax turns a row of scores into weights, and the
-    result is the average of the values with these weights. (kᵀ is k with its rows and columns
+    q · k / √hs: large if q and k point the same way. Softmax turns a row of scores into weights.
+    The result is the average of the values with these weights. (kᵀ is k with its rows and columns
     exchanged.) Three tokens, with B = H = hs = 1:
 
               scores, masked         weights            result
@@ -276,11 +278,13 @@ class MultiHead(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers for each position on its own. Between them are 4 C numbers (also section 3.3).
+    """Two layers for each position on its own (Vaswani et al. 2017, section 3.3).
 
-    Attention averages what there is; this computes something new from it. In training, dropout sets
-    a random part of the numbers to 0, so that the model cannot rely on single ones: less
-    overfitting."""
+    Attention averages what there is; this computes something new from it. Each of the 4 C numbers
+    between the two layers can detect one pattern in x: it is above 0 if x has it. The 4 is theirs.
+
+    In training, dropout sets a random part of the numbers to 0, and multiplies the others so that
+    sums keep their size. The model cannot rely on single numbers: less overfitting."""
 
     def __init__(self, n_embed, dropout):
         super().__init__()
@@ -304,9 +308,9 @@ class Block(nn.Module):
 
     LayerNorm shifts and scales the C numbers of each position to mean 0 and standard deviation 1.
     Then it multiplies each channel by a learned number, and adds a learned one. So attention and
-    feed-forward get numbers of a steady size, however large the sum x has grown. LayerNorm is
-    applied inside f, not to the sum, so the derivative keeps its 1 (Xiong et al. 2020, arXiv
-    2002.04745)."""
+    feed-forward get numbers of a steady size, however large the sum x has grown. In a block,
+    LayerNorm is applied inside f, not to the sum, so the derivative keeps its 1 (Xiong et al. 2020,
+    arXiv 2002.04745)."""
 
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -339,17 +343,20 @@ class LM(nn.Module):
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = nn.Linear(n_embed, vocab_size, bias=False)  # no bias, as in GPT-2
         # Small parameters make small logits, so nearly equal probabilities: the loss starts just
-        # above ln V, as the small differences are random. (The larger ones of nn.Linear: at 4.3.)
+        # above ln V, as the small differences are random. With the larger numbers that nn.Linear
+        # begins with, it would start at 4.3.
         nn.init.normal_(self.lm_head.weight, std=0.02)  # random, of size 0.02 as in GPT-2
 
     def forward(self, idx, targets=None):
         """Return the logits (B, T, V) for idx (B, T), and the loss for targets (B, T), or None.
 
-        The loss is the mean of -ln(softmax(logits)[target]) in nats; it skips targets of -100."""
+        The loss is the mean of -ln(softmax(logits)[target]) in nats. Targets of -100 are no tokens,
+        and do not count (see estimate_loss)."""
         T = idx.shape[1]
         check(0 < T <= self.block_size, f"T = {T} must be 1 to block_size = {self.block_size}")
         # autocast: matrix products in bfloat16, numbers of 16 bits, 8 of them for precision. They
-        # are twice as fast if the hardware has them. All else stays in float32 (24 for precision).
+        # are twice as fast if the hardware has them: has_bfloat16, at the end of this file, says
+        # so. All else stays in float32 (32 bits, 24 for precision).
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=has_bfloat16(idx.device)):
             # An average does not depend on the order of its terms: attention alone would make the
             # same of "ab" and "ba" in front of a token. So each position adds a vector of its own.
@@ -365,7 +372,7 @@ class LM(nn.Module):
 # --- 4. Training ----------------------------------------------------------------------------------
 @torch.no_grad()  # PyTorch need not remember how results were computed: it costs memory
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
-    """Return {"loss": nats per token}, the mean over all tokens (N,) but the first.
+    """Return {"loss": nats per token}, the mean over all tokens (N,), except the first.
 
     The tokens are cut into windows side by side, so each is a target once. With `eval_iters`, at
     most that many batches are used, evenly spread. No random number is drawn. During training,
@@ -394,13 +401,15 @@ def make_optimizers(model):
 
     AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) keeps two averages for each parameter, of
     its gradients g and of their squares. In each step, an average becomes beta · average +
-    (1 - beta) · new value. The parameter is moved by -rate · mean(g) / √mean(g²). If g is always
-    0.001, the quotient is 0.001 / 0.001 = 1. If g is always 100, it is 1 as well: all parameters
-    learn at the same speed. If g is 1 and -1 in turn, mean(g) is about 0, and it stays.
+    (1 - beta) · new value. (They start at 0, which AdamW corrects.) The parameter is moved by
+    -rate · mean(g) / √mean(g²). If g is always 0.001, the quotient is 0.001 / 0.001 = 1. If g is
+    always 100, it is 1 as well: all parameters learn at the same speed. If g is 1 and -1 in turn,
+    mean(g) is about 0, and the parameter stays.
 
     Before that, matrices are multiplied by 1 - rate · WEIGHT_DECAY. A small matrix turns a small
     difference of two inputs into a small difference of its results. To know single sentences by
-    heart, a model must react to small differences."""
+    heart, a model must react to small differences. (Biases and LayerNorm are not multiplied: they
+    shift and scale, and so hardly add such reactions.)"""
     by_muon = []
     if MUON:  # another rule, for the matrices of the blocks: explained behind the lesson
         by_muon = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -438,7 +447,7 @@ def train_step(model, optimizers, x, y, lr):
     loss.backward()  # computes the gradient: d loss / d parameter, for every parameter
     if GRADIENT_CLIP is not None:
         # The gradient is one long vector. If it is longer than GRADIENT_CLIP, it is scaled down to
-        # this length. A single long one would rule the averages of the next 10 or 20 steps.
+        # this length. A single long one would rule the averages of the next steps: 10 in AdamW.
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -451,11 +460,12 @@ def train_step(model, optimizers, x, y, lr):
 def train(model, tokenizer, optimizers, splits, run):
     """Train up to step run["max_iters"]. Evaluate and save at every EVAL_INTERVAL steps.
 
-    `run` is a dict with all that its file will hold: the seed, max_iters, the last saved step, the
-    history {step: losses}, the path of the file (None before the first save), and the parameters:
-    the last ones, and those with the lowest validation loss. (This text has selected them, so their
-    validation loss is a little too low.) Functions behind the lesson print and save: evaluate,
-    save_step, show_progress. UserError: a loss is not finite."""
+    `run` is a dict with all that its file will hold, among them the seed, max_iters, the last saved
+    step, the history {step: losses}, the path of the file (None before the first save), and two
+    sets of parameters: the last ones, to go on with, and the best ones, which generate. The best
+    have the lowest validation loss. (Among several sets, that picks a lucky one: their true loss is
+    a little higher.) Functions behind the lesson print and save: evaluate, save_step,
+    show_progress. UserError: a loss is not finite."""
     device = next(model.parameters()).device
     peak = LEARNING_RATE if MUON else ADAMW_LEARNING_RATE
     start = time.perf_counter() - run["seconds"]  # a resumed run counts its earlier ones
@@ -468,7 +478,8 @@ def train(model, tokenizer, optimizers, splits, run):
                     save_step(run, step, model, optimizers, time.perf_counter() - start)
             if step == run["max_iters"]:
                 break  # this round was for the last evaluation
-            torch.manual_seed(run["seed"] * 1_000_000 + step)  # same step, same random numbers
+            # The same step draws the same random numbers, in a run that was resumed as well.
+            torch.manual_seed(run["seed"] * 1_000_000 + step)
             x, y = get_batch(splits["train"], BATCH_SIZE, model.block_size, device)
             loss = train_step(model, optimizers, x, y, get_lr(step, run["max_iters"], peak))
             show_progress(run, step, loss, time.perf_counter() - start)
@@ -509,7 +520,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     kept, ids = probabilities.topk(min(top_k or V, V))  # the most likely ones, in falling order
     if top_p is not None:
         before = kept.cumsum(0) - kept  # what the likelier tokens have together
-        kept = kept.masked_fill(before >= top_p * kept.sum(), 0)
+        kept = kept.masked_fill(before >= top_p * kept.sum(), 0)  # sum: what top_k has left
     return torch.zeros(V).scatter(0, ids, kept / kept.sum())  # each back to its own place
 
 
@@ -543,10 +554,11 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 # factor is 10. And (1, -1) W = (1, -1): in that direction, it is 1. A matrix of 128 × 384 numbers
 # has 128 such directions with their factors, the singular values.
 #
-# Let this W be the gradient of a layer's matrix. It is a sum over all positions of the batch. An
-# input x with the derivatives d of the loss by the layer's results adds the numbers x_i · d_j. So
-# the factor is large for (1, 1) if many inputs point that way, and small for rare directions.
-# Three optimizers make different steps of this gradient:
+# Now let this be the gradient of a layer's matrix. In y = x W, y_j is the sum of all x_i · W_ij. So
+# one position of the batch with the input x adds the matrix x_i · d_j to the gradient, where d_j is
+# the derivative of the loss by y_j. This matrix turns a vector u into (u · x) d, a long vector if u
+# points like x. So the factor is large for a direction that many inputs have, and small for a rare
+# one. Three optimizers make different steps of this gradient:
 #
 #                plain gradient     AdamW, first step     Muon
 #                5.5  4.5           1  1                  0.7  0.0
@@ -555,9 +567,9 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 #
 # A plain step must be small enough for the largest factor, or it overshoots: w = 2 (see the top)
 # with the rate 1.1 would become 2 - 1.1 · 4 = -2.4. So it learns little for (1, -1). AdamW makes
-# the numbers equal, not the factors: here it learns nothing for (1, -1). Muon makes the
-# factors equal: it learns as much for rare directions as for frequent ones. After 400 steps, each
-# at its best rate, the loss is 1.66 with Muon, and 1.87 with AdamW alone.
+# the numbers equal, not the factors: here it learns nothing for (1, -1). Muon makes the factors
+# equal: it learns as much for rare directions as for frequent ones. After 400 steps, both at the
+# rate that is best for so few (0.016), the loss is 1.66 with Muon, and 1.87 with AdamW alone.
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
 
@@ -578,13 +590,15 @@ class Muon(torch.optim.Optimizer):
                     state["average"] = torch.zeros_like(p)
                 average = state["average"]
                 average.lerp_(p.grad, 0.05)  # in place (_): 0.95 · old average + 0.05 · gradient
-                # 0.95 · average + 0.05 · gradient: the newest gradient counts about twice.
+                # 0.95 · average + 0.05 · gradient: the newest gradient counts about twice, so the
+                # step reacts sooner.
                 update = orthogonalize(p.grad.lerp(average, 0.95))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # A matrix with r <= c rows has r factors. If all are 1, the squares of its r · c
-                # numbers sum to r: each number is about 1/√c. AdamW's quotients are 1 at first, and
-                # about 0.2 later, when gradients change their signs. With the factor 0.2 · √c, one
-                # rate fits both (Liu et al. 2025, arXiv 2502.16982).
+                # A matrix of 128 × 384 numbers has 128 factors. If all are 1, the squares of its
+                # numbers sum to 128 (see orthogonalize), so each number is about 1/√384. AdamW's
+                # quotients are 1 at first, and about 0.2 later, when gradients change their signs.
+                # With the factor 0.2 · √384, one rate fits both (Liu et al. 2025, arXiv
+                # 2502.16982).
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
@@ -594,13 +608,14 @@ def orthogonalize(matrix):
     >>> orthogonalize(torch.tensor([[5.5, 4.5], [4.5, 5.5]])).mul(10).round().abs().tolist()
     [[7.0, 0.0], [0.0, 7.0]]
 
-    First, the matrix is divided by its norm, so that no factor is above 1. (The square of the norm
-    is the sum of the squares of all numbers, and of all factors. Above, it is 101 = 10² + 1².)
+    First, the matrix M is divided by its norm, so that no factor is above 1. (The square of the
+    norm is the sum of the squares of all numbers, and of all factors. Above, it is 101 = 10² + 1².)
 
-    x xᵀ x has the directions of x. Each factor s becomes s³: above, (1, 1) is multiplied by 10
-    three times. So 3.4445 x - 4.775 x xᵀ x + 2.0315 x xᵀ x xᵀ x turns each factor s into
-    3.4445 s - 4.775 s³ + 2.0315 s⁵, and one need not know the directions. A small s grows to 3.4 s.
-    An s near 1 stays between 0.7 and 1.2. Five rounds of it (Newton-Schulz) are enough:
+    M Mᵀ M has the directions of M. Each factor s becomes s³: above, (1, 1) is multiplied by 10
+    three times. So 3.4445 M - 4.775 M Mᵀ M + 2.0315 M Mᵀ M Mᵀ M turns each factor s into
+    3.4445 s - 4.775 s³ + 2.0315 s⁵, and one need not know the directions. Jordan et al. chose the
+    three numbers so that a small s grows fast, to 3.4 s, and an s near 1 stays between 0.7 and 1.2.
+    Five rounds of it (Newton-Schulz) are enough:
 
         s = 1       0.70  1.11  0.72  1.09  0.70
         s = 0.01    0.03  0.12  0.40  1.09  0.70

@@ -68,7 +68,7 @@ def same_shares(got, right):
     """Return whether two lists of random draws have each value about equally often."""
     ours, theirs = Counter(map(str, right)), Counter(map(str, got))
     values = ours.keys() | theirs.keys()
-    n, m = len(right), max(1, len(got))
+    n, m = max(1, len(right)), max(1, len(got))
     return all(abs(ours[v] / n - theirs[v] / m) < SAMPLE_TOLERANCE for v in values)
 
 
@@ -86,6 +86,8 @@ def same(got, right, tolerance=None):
         return same_tensor(got, right, tolerance)
     if not isinstance(got, dict) or got.keys() != right.keys():
         return False
+    if "note" in right:
+        return True
     if "near" in right:
         return same(got["near"], right["near"], right["tolerance"])
     if "varies" in right:
@@ -223,6 +225,13 @@ def first_difference(answer, right):
     return None if "wrong" not in answer and "error" not in answer else len(right)
 
 
+def agree(a, b):
+    """Return whether two wrong answers have the same value. Here, notes count, too."""
+    if isinstance(a, dict) and "note" in a:
+        return a == b
+    return same(a, b)
+
+
 def name_mistake(answer, i, mistakes):
     """Return the message of the known mistake that does what the answer has, or None.
 
@@ -231,7 +240,7 @@ def name_mistake(answer, i, mistakes):
     best, most = None, 0
     for message, its in mistakes:
         n = max(len(its["seen"]), len(answer["seen"])) + 1
-        equal = [same(seen(answer, j), seen(its, j)) for j in range(n)]
+        equal = [agree(seen(answer, j), seen(its, j)) for j in range(n)]
         if i < n and equal[i] and sum(equal) > most:
             best, most = message, sum(equal)
     return best

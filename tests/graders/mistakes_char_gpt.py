@@ -2196,15 +2196,15 @@ orthogonalize = rounds_with(4)
 orthogonalize = rounds_with(3)
 
 
-# --- orthogonalize: six rounds: there should be five.
+# --- orthogonalize: too many rounds: there should be five.
 orthogonalize = rounds_with(6)
 
 
-# --- orthogonalize: ten rounds: there should be five.
+# --- orthogonalize: too many rounds: there should be five.
 orthogonalize = rounds_with(10)
 
 
-# --- orthogonalize: one round: there should be five.
+# --- orthogonalize: one round only, or each starts at the matrix again: five rounds, each on the result of the one before.
 orthogonalize = rounds_with(1)
 
 
@@ -2212,19 +2212,23 @@ orthogonalize = rounds_with(1)
 orthogonalize = rounds_with(norm=lambda x: 1.0)
 
 
-# --- orthogonalize: divided by the norm of each row: divide by the norm of the whole matrix.
+# --- orthogonalize: the numbers explode. Is the matrix divided by its norm (the root of the sum of all squares)? Are 3.4445,
+# -4.775 and 2.0315 in this order, with these signs?
 orthogonalize = rounds_with(norm=lambda x: x.norm(dim=1, keepdim=True))
 
 
-# --- orthogonalize: divided by the norm of each column: divide by the norm of the whole matrix.
+# --- orthogonalize: the numbers explode. Is the matrix divided by its norm (the root of the sum of all squares)? Are 3.4445,
+# -4.775 and 2.0315 in this order, with these signs?
 orthogonalize = rounds_with(norm=lambda x: x.norm(dim=0, keepdim=True))
 
 
-# --- orthogonalize: divided by the largest number: divide by the norm, the root of the sum of all squares.
+# --- orthogonalize: the numbers explode. Is the matrix divided by its norm (the root of the sum of all squares)? Are 3.4445,
+# -4.775 and 2.0315 in this order, with these signs?
 orthogonalize = rounds_with(norm=lambda x: x.abs().max())
 
 
-# --- orthogonalize: divided by the sum: divide by the norm, the root of the sum of all squares.
+# --- orthogonalize: the numbers explode. Is the matrix divided by its norm (the root of the sum of all squares)? Are 3.4445,
+# -4.775 and 2.0315 in this order, with these signs?
 orthogonalize = rounds_with(norm=lambda x: x.sum())
 
 
@@ -2253,7 +2257,8 @@ orthogonalize = rounds_with(back=False)
 orthogonalize = rounds_with(b=4.775)
 
 
-# --- orthogonalize: the cubic term is missing: a x + b x xᵀ x + c x xᵀ x xᵀ x.
+# --- orthogonalize: the numbers explode. Is the matrix divided by its norm (the root of the sum of all squares)? Are 3.4445,
+# -4.775 and 2.0315 in this order, with these signs?
 orthogonalize = rounds_with(b=0)
 
 
@@ -2261,7 +2266,8 @@ orthogonalize = rounds_with(b=0)
 orthogonalize = rounds_with(c=0)
 
 
-# --- orthogonalize: the last two numbers are exchanged: -4.775 for x xᵀ x, 2.0315 for x xᵀ x xᵀ x.
+# --- orthogonalize: the numbers explode. Is the matrix divided by its norm (the root of the sum of all squares)? Are 3.4445,
+# -4.775 and 2.0315 in this order, with these signs?
 orthogonalize = rounds_with(b=2.0315, c=-4.775)
 
 
@@ -2287,7 +2293,7 @@ def orthogonalize(matrix):
 orthogonalize = rounds_with(0)
 
 
-# --- orthogonalize: the rounds start at the matrix again: each works on the result of the one before.
+# --- orthogonalize: one round only, or each starts at the matrix again: five rounds, each on the result of the one before.
 orthogonalize = rounds_with(1)
 
 
@@ -2672,10 +2678,6 @@ get_lr = rates_with(warmup=lambda n: 0)
 get_lr = rates_with(up=lambda step, warmup: 1.0)
 
 
-# --- get_lr: there is no warm-up: the line down is right, but the line up is missing.
-get_lr = rates_with(up=lambda step, w: FINAL_LR + (1 - FINAL_LR) * min(1, (50 - step) / (50 - w + 1)))
-
-
 # --- get_lr: the rate never falls: after the warm-up, a line goes down to FINAL_LR · peak.
 get_lr = rates_with(down=lambda left: 1.0)
 
@@ -2805,11 +2807,13 @@ train_step = step_with(
 )
 
 
-# --- train_step: the rate is set as an attribute of the optimizer: it reads group["lr"] of its param_groups.
+# --- train_step: the rate is not set: the step used the old one. Set group["lr"] = lr in each of
+# optimizer.param_groups.
 train_step = step_with(rate=lambda optimizers, lr: [setattr(o, "lr", lr) for o in optimizers])
 
 
-# --- train_step: clipping is missing: cut the length of the gradient to GRADIENT_CLIP before the step.
+# --- train_step: clipping is missing, or comes before backward: cut the length of the gradient to GRADIENT_CLIP
+# between backward and step.
 train_step = step_with(clip=lambda model: None)
 
 
@@ -2817,7 +2821,8 @@ train_step = step_with(clip=lambda model: None)
 train_step = step_with(order="backward rate step clip zero")
 
 
-# --- train_step: clipping comes before backward: do it between backward and step.
+# --- train_step: clipping is missing, or comes before backward: cut the length of the gradient to GRADIENT_CLIP
+# between backward and step.
 train_step = step_with(order="clip backward rate step zero")
 
 
@@ -2865,11 +2870,11 @@ train_step = step_with(clip=clip_parameters)
 train_step = step_with(clip=lambda model: nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP))
 
 
-# --- train_step: the model is not in training mode: call model.train() first.
+# --- train_step: the model is in evaluation mode, so dropout is off: call model.train() first.
 train_step = step_with(mode=lambda model: None)
 
 
-# --- train_step: the model is in evaluation mode, so dropout is off: call model.train().
+# --- train_step: the model is in evaluation mode, so dropout is off: call model.train() first.
 train_step = step_with(mode=lambda model: model.eval())
 
 
@@ -2986,12 +2991,13 @@ train = train_with(first=lambda run: 0)
 train = train_with(is_due=lambda s, run: s % EVAL_INTERVAL == 0 or s in (run["max_iters"], 3), again=lambda step, run: True)
 
 
-# --- train: there is no seed for each step: a resumed run draws other random numbers. Use
+# --- train: a resumed run draws other random numbers: in each step, before get_batch,
 # torch.manual_seed(run["seed"] * 1_000_000 + step).
 train = train_with(seed=lambda run, step: None)
 
 
-# --- train: the seed is set once, at the beginning: a resumed run draws other random numbers. Set it in each step.
+# --- train: a resumed run draws other random numbers: in each step, before get_batch,
+# torch.manual_seed(run["seed"] * 1_000_000 + step).
 train = train_with(seed=lambda run, step: torch.manual_seed(run["seed"]) if step == run["step"] else None)
 
 

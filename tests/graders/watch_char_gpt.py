@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graders.student import Near, Sample, Varies, Wrong, entry, equal_numbers, fill, kind, numbers
+from graders.student import Near, Note, Sample, Varies, Wrong, entry, equal_numbers, fill, kind, numbers
 from graders.student import numbers_by_size, outcome, random_parameters, size_of_matrices
 from graders.student import tensor, two, watch_dropout
 
@@ -220,9 +220,10 @@ def watch_lm_forward(gpt):
 class Table(nn.Module):
     """A model of one table, logits[last token], and a bias. It notes what it sees, and how."""
 
-    def __init__(self, table, block_size=4):
+    def __init__(self, table, block_size=4, scale=1.0):
         super().__init__()
         self.table, self.block_size = nn.Parameter(table.clone()), block_size
+        self.scale = scale
         self.bias = nn.Parameter(torch.zeros(len(table)))
         self.config = {"block_size": block_size, "vocab_size": len(table)}
         self.seen, self.modes, self.gradients, self.longest = [], set(), set(), 0
@@ -233,7 +234,7 @@ class Table(nn.Module):
         self.seen.append(idx.tolist())
         self.modes.add(self.training)
         self.gradients.add(torch.is_grad_enabled())
-        logits = self.table[idx] + self.bias
+        logits = self.scale * self.table[idx] + self.bias
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.mT, targets)
@@ -284,7 +285,7 @@ def watch_eval_iters(gpt, dtype):
 
 
 def watch_orthogonalize(gpt):
-    for matrix in (numbers(4, 6), numbers(6, 4), 100 * numbers(3, 3)):
+    for matrix in (0.1 * numbers(4, 6), numbers(6, 4), 100 * numbers(3, 3)):
         before = matrix.clone()
         result = tensor(gpt.orthogonalize(matrix), "orthogonalize", *matrix.shape)
         size = f"{matrix.shape[0]} × {matrix.shape[1]}"
@@ -299,14 +300,14 @@ def watch_muon(gpt):
     unused = nn.Parameter(torch.ones(2, 2))
     optimizer = gpt.Muon([*matrices, unused], 0.5)
     for group in optimizer.param_groups:
-        group["lr"] = 0.1
+        group["lr"] = 0.5
     for step in range(4):
         gradients = [3**step * numbers(*s, seed=10 * step + i) for i, s in enumerate(shapes)]
         for p, gradient in zip(matrices, gradients, strict=True):
             p.grad = gradient.clone()
         optimizer.step()
         if step in (0, 3):
-            yield f"matrices after {step + 1} steps", [Near(p, 0.01) for p in matrices]
+            yield f"matrices after {step + 1} steps", [Near(p, 1e-3) for p in matrices]
             changes = [p.grad - g for p, g in zip(matrices, gradients, strict=True)]
             yield "change of the gradients", changes
     yield "a matrix without a gradient", unused
@@ -320,18 +321,21 @@ def watch_make_optimizers(gpt, sizes=(11, 6, 8, 2, 2, 0.0)):
         if not isinstance(optimizers, list | tuple):
             raise Wrong(f"make_optimizers returned {kind(optimizers)}: return a list of optimizers")
         yield f"the optimizers with MUON = {gpt.MUON}", [type(o).__name__ for o in optimizers]
-        owners = {id(p): describe_group(o, g) for o in optimizers for g in o.param_groups
-                  for p in g["params"]}  # fmt: skip
         for name, p in model.named_parameters():
-            owner = owners.get(id(p), "in no group")
-            yield f"with MUON = {gpt.MUON}, {name} is", owner
+            yield f"with MUON = {gpt.MUON}, {name} is", owner_of(p, optimizers)
         (adamw,) = [o for o in optimizers if isinstance(o, torch.optim.AdamW)]
         yield "betas of AdamW", [group["betas"] for group in adamw.param_groups][0]
 
 
-def describe_group(optimizer, group):
-    """Return which rule a group of parameters gets."""
-    return f"in {type(optimizer).__name__}, weight_decay {group['weight_decay']}"
+def owner_of(p, optimizers):
+    """Return which optimizer a parameter belongs to, with which weight decay."""
+    found = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if any(p is other for other in group["params"]):
+                name = type(optimizer).__name__
+                found.append(f"in {name}, weight_decay {group['weight_decay']}")
+    return " and ".join(found) or "in no group"
 
 
 def watch_get_lr(gpt):
@@ -341,16 +345,35 @@ def watch_get_lr(gpt):
         yield f"rates of steps {steps}, with peak 2, FINAL_LR 0.1 and WARMUP_ITERS 4", rates
 
 
+class NotedSGD(torch.optim.SGD):
+    """Plain gradient descent that notes what it does, and with how long a gradient."""
+
+    events = None  # a list
+
+    def norm(self):
+        gradients = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
+        return f"{sum(gradient.norm().item() for gradient in gradients):.3f}"
+
+    def step(self, closure=None):
+        self.events.append(f"step {self.norm()}")
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.events.append(f"zero {self.norm()}")
+        super().zero_grad(set_to_none)
+
+
 def watch_train_step(gpt, batch=3):
     torch.manual_seed(2)
     x, y = torch.randint(7, (2, batch, 4))
-    model = Table(3 * numbers(7, 7)).eval()
+    model = Table(0.3 * numbers(7, 7), scale=10.0).eval()
     other = nn.Parameter(numbers(3))  # it has no gradient
-    optimizers = [torch.optim.SGD([p], lr=9.0) for p in (model.table, model.bias)]
-    optimizers.append(torch.optim.SGD([other], lr=9.0))
+    optimizers = [NotedSGD([p], lr=9.0) for p in (model.table, other, model.bias)]
+    NotedSGD.events = events = []
+    model.table.register_hook(lambda gradient: events.append("backward"))
     for step, clip in enumerate((None, None, 0.1, 0.1, 100.0)):
         gpt.GRADIENT_CLIP = clip
-        loss = gpt.train_step(model, optimizers, x, y, 0.5)
+        loss = gpt.train_step(model, optimizers, x, y, 0.01)
         if step == 0:
             yield "loss", loss
             yield "training mode", sorted(model.modes)
@@ -358,6 +381,7 @@ def watch_train_step(gpt, batch=3):
         parameters = [model.table.detach().clone(), model.bias.detach().clone()]
         yield f"parameters after {step + 1} steps, this one with GRADIENT_CLIP {clip},", parameters
     yield "loss of the last step", loss
+    yield "events", Note(events)
 
 
 def watch_train(gpt):
