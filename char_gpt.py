@@ -384,7 +384,7 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     n_used = n_windows if eval_iters is None else min(n_windows, eval_iters * batch_size)
     starts = torch.tensor([(i * n_windows // n_used) * T for i in range(n_used)])
     total, count = 0.0, 0
-    for some in starts.split(batch_size):
+    for some in starts.split(int(batch_size)):
         places = some[:, None] + torch.arange(T + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
         ids = tokens[places.clamp(max=len(tokens) - 1)].long()
         # The last window may reach beyond the end. There are no targets: -100 is not counted.
@@ -679,7 +679,6 @@ def new_run(text, flags, device):
         "seconds": 0.0,  # of training, all parts added
         "constants": constants(),
     }
-    check(0 <= run["seed"] < 2**32, f"SEED = {run['seed']} must be 0 to 2**32 - 1")
     torch.manual_seed(run["seed"])
     tokenizer = Tokenizer(text)
     model = LM(tokenizer.vocab_size, BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT).to(device)
@@ -766,7 +765,7 @@ def write_run(run):
     try:
         write_file(path, lambda part: torch.save(run | {"path": None}, part))
     finally:
-        if path.stat().st_size == 0:  # its first save failed
+        if path.exists() and path.stat().st_size == 0:  # its first save failed
             path.unlink()
     run["path"] = path
     try:
@@ -814,8 +813,10 @@ def list_runs():
         except Exception as error:
             print(f"{path}  cannot be read: {error!r:.50}")
             continue
-        first = first or run["constants"]
-        changes = differences(run["constants"], first)
+        now = {"SEED": str(run["seed"]), "MAX_ITERS": str(run["max_iters"])}  # flags can set these
+        now = run["constants"] | now
+        first = first or now
+        changes = differences(now, first)
         edits = [f"{name} = {value}" for name, value in changes.items() if name != "code"]
         if "code" in changes and "code" in first:
             edits.append("code edited")
@@ -918,7 +919,8 @@ def find_device(name):
     try:
         return torch.zeros(1, device=name).device
     except Exception as error:  # each kind of device has an error of its own
-        raise UserError(f"device {name}: {str(error).splitlines()[0]}") from error
+        reason, _, _ = str(error).partition("\n")
+        raise UserError(f"device {name}: {reason}") from error
 
 
 def keep_freed_memory():
@@ -1006,7 +1008,10 @@ def parse_flags(argv):
     add("--device", metavar="NAME", default=DEVICE, help="cpu, cuda, ... (default: %(default)s)")
     add("--seed", metavar="N", type=int, help=f"default: {SEED}; with --sample, another each time")
     in_notebook = argv is None and "kernel_launcher" in sys.argv[0]
-    return parser.parse_args([] if in_notebook else argv)
+    flags = parser.parse_args([] if in_notebook else argv)
+    if flags.run and not (flags.sample or flags.resume):
+        parser.error("--run needs --sample or --resume")
+    return flags
 
 
 def prepare(flags, device):
@@ -1026,8 +1031,6 @@ def prepare(flags, device):
     if flags.resume:
         check_characters(text, path, run)
         resume(run, model, optimizers, flags)
-    run["constants"]["SEED"] = str(run["seed"])
-    run["constants"]["MAX_ITERS"] = str(run["max_iters"])
     splits = split_text(text, tokenizer, TRAIN_SHARE, model.block_size)
     name_text(run, path, text, len(splits["train"]))
     run["prompt"] = choose_prompt(flags, run)
@@ -1055,6 +1058,8 @@ def main(argv=None):
     "steps", "seconds", "tokens_per_second", "parameters", "text"}: after --sample, the last two."""
     flags = parse_flags(argv)
     check(Path(NAME).name == NAME, f"NAME = {NAME!r} must be a file's name, without a folder")
+    seed = SEED if flags.seed is None else flags.seed
+    check(0 <= seed < 2**32, f"SEED = {seed} must be 0 to 2**32 - 1")  # 32 bits are used
     if flags.runs:
         list_runs()
         return {}

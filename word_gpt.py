@@ -22,10 +22,11 @@ estimate_loss, next_token_probabilities, and nearly all that follows the lesson.
 
 @@HEADER@@
 
-PyTorch supplies tensors (arrays of numbers), layers, gradients and AdamW. Letters of shapes:
+PyTorch supplies tensors (arrays of numbers), and more that is explained below. Letters of shapes:
     B   batch: pieces of text processed in parallel   H   heads per block
     T   time: tokens in one piece                     hs  head size, C / H
     C   channels: numbers that represent one token    V   vocabulary: number of different tokens
+    N   tokens of a whole text
 
 The reviews: Maas et al. 2011, Learning Word Vectors for Sentiment Analysis. Next: gpt2.py.
 """
@@ -113,8 +114,17 @@ else:
 
 
 # --- 2. Data and tokenizer ------------------------------------------------------------------------
-# check(condition, message), defined at the end of this file, stops with the message unless the
-# condition holds.
+# check(condition, message), defined at the end of this file, raises a UserError with the message
+# unless the condition holds. The script then ends with this message.
+#
+# One review on its way to the model, with T = 4. The vocabulary is <pad>, <unk>, <eos>, a, film,
+# good, the, end. The id of a token is its place there, from 0 on.
+#
+#   raw            A GOOD film.<br /><br />The end isn't!
+#   clean          a good film the end isnt
+#   split_text     3 5 4 6 7 1 2                       "isnt" becomes <unk>, 1; <eos>, 2, is added
+#   cut_windows    x = 3 5 4 6     y = 5 4 6 7         two windows side by side, as for measuring
+#                  x = 7 1 2 0     y = 1 2 -100 -100   <pad> is 0; a target of -100 does not count
 
 
 @cache  # computed once for each character
@@ -166,7 +176,8 @@ def build_vocabulary(documents, min_freq):
         counts.update(document.split())
     words = [word for word, count in counts.items() if count >= min_freq]
     check(words, f"no word comes MIN_FREQ = {min_freq} times: lower it, or use a longer text")
-    return ["<pad>", "<unk>", "<eos>", *sorted(words, key=lambda word: (-counts[word], word))]
+    words.sort(key=lambda word: (-counts[word], word))  # of equally frequent words, by the alphabet
+    return ["<pad>", "<unk>", "<eos>", *words]
 
 
 class Tokenizer:
@@ -189,7 +200,11 @@ class Tokenizer:
 
     def encode(self, text):
         """Return the ids of the words of a string, a list of ints. Unknown words become <unk>."""
-        return [self.stoi.get(word, self.unk) for word in clean(text, self.cleaning).split()]
+        return self.encode_clean(clean(text, self.cleaning))
+
+    def encode_clean(self, text):
+        """Return the same for a text that is clean already: the documents are."""
+        return [self.stoi.get(word, self.unk) for word in text.split()]
 
     def decode(self, ids):
         """Return the string of a list of ids."""
@@ -223,8 +238,8 @@ def split_text(documents, tokenizer):
     splits = {}
     for split, texts in documents.items():
         ids = array("i")  # 4 bytes each; a list takes 8, and more for the numbers themselves
-        for text in texts:  # they are clean: encode would clean them again, which takes time
-            ids.extend([tokenizer.stoi.get(word, tokenizer.unk) for word in text.split()])
+        for text in texts:
+            ids.extend(tokenizer.encode_clean(text))
             ids.append(tokenizer.eos)
         splits[split] = torch.tensor(ids, dtype=torch.int32)
     return splits
@@ -254,8 +269,19 @@ def cut_windows(tokens, starts, ends, block_size):
 def get_batch(tokens, batch_size, block_size, device):
     """Return random windows of the tokens (N,), and for each position its target: the next token.
 
-    A window runs on into the next document. <pad> comes only where there is no next one.
-    @@WINDOWS@@"""
+    A window can start anywhere. It runs on into the next document; <pad> is only needed where there
+    is no next one. So each position has <eos> as its target now and then: in 0.4% of all windows,
+    as reviews have 230 words. These are the probabilities that <eos> gets where reviews go on or
+    end as they like, after 600 training steps on windows of three kinds:
+
+        a window that reaches an <eos>        loss    position 20   62      63
+        runs on into the next document        5.65    0.44%         0.44%   0.47%
+        is filled up with <pad>               5.71    0.51%         0.57%   0.55%
+        is moved back, until it ends there    5.68    0.02%         0.11%   14.4%
+
+    <pad> fills 14% of the places, and nothing is learned there. Windows that are moved back lose no
+    place. But they teach that reviews end at position 63: of 60 samples, 49 ended near their 64th
+    word. A model must meet in training what it will be asked later, at each position."""
     starts = torch.randint(len(tokens) - 1, (batch_size, 1))  # from 0 to N - 2
     x, y = cut_windows(tokens, starts, torch.tensor(len(tokens)), block_size)
     return x.to(device), y.to(device)
@@ -271,35 +297,34 @@ def get_batch(tokens, batch_size, block_size, device):
 #   number i, it returns row i.
 # - A module is an object that holds layers and other modules. The classes below are modules. One
 #   calls a module like a function: module(x) runs its method `forward`.
+# - Training needs the gradient. PyTorch remembers how the loss was computed, step by step. From the
+#   loss it goes back to the first layer, and multiplies the derivatives on its way (the chain
+#   rule). Where a derivative is almost 0, the layers before it, nearer the input, hardly learn.
 # - Softmax turns numbers into probabilities: p_i = exp(x_i) / (sum of exp(x_j) over all j). The
 #   numbers 2, 1, 0 become 0.67, 0.24, 0.09: all positive, with sum 1. Adding the same number to all
 #   of them changes nothing. Numbers that will go into a softmax are called logits, or scores.
 #
-# The whole model, from top to bottom, and one example on its way through it. The example is of a
-# small LM: V = 7, T = C = 4, one block with 2 heads. In 200 steps it has learned the line "to be or
-# not to be". Now it reads "to b". On the right are the numbers of the last position, the b, to two
-# decimals. A * marks parameters, and how many there are.
+# The whole model, from top to bottom. A * marks parameters. How many there are is for the constants
+# of a CPU above, and V = 36,980. (char_gpt.py has an example in numbers on its way through it.)
 #
-#   token ids (B, T): "t", "o", " " and "b"              6      4      0      1
-#   LM * token_embedding, 7 × 4: row 1, for "b"         -0.14  -0.87   0.06  -0.46
-#      * position_embedding, 4 × 4: the last row        -0.15   0.33   0.00  -0.17
-#        their sum, a vector of C numbers (B, T, C)     -0.29  -0.54   0.06  -0.62
-#   Block, N_LAYERS times:
-#      * MultiHead, 4 × 12 + 4 × 4 + 4: it adds what     0.24  -0.52  -0.37  -0.08
-#        the position collects from earlier ones
-#      * FeedForward, 4 × 16 + 16 + 16 × 4 + 4: it      -0.40   0.34   0.04  -0.02
-#        adds what the position computes from that
-#      * LayerNorm, twice, 4 + 4 each: see Block
-#        the sum so far                                 -0.45  -0.71  -0.26  -0.72
-#   LM * ln_f, 4 + 4: one more LayerNorm                 1.79  -1.66   3.04  -2.17
-#      * lm_head, 4 × 7: logits (B, T, V) of the next token, and softmax's probabilities:
-#                                                 " "    "b"    "e"    "n"    "o"    "r"    "t"
-#                                               -1.74   2.85   4.90  -0.45  -2.93   2.32  -0.23
-#                                                0.00   0.11   0.82   0.00   0.00   0.06   0.00
-#        The next character is the "e": the loss is -ln 0.82 = 0.20.
-#
-# These are 312 parameters. With the constants of a CPU above there are 824,832: 8,320 for tokens,
-# 16,384 for positions, 4 times 197,888 in blocks, 256 in ln_f and 8,320 in lm_head.
+#   LM      token ids (B, T)
+#           * their rows in lm_head, which is at the end of this map
+#           * position_embedding, 64 × 256                                             16,384
+#             their sum, a vector of C numbers (B, T, C)
+#   Block, N_LAYERS times:                                                        2 × 788,992
+#           * LayerNorm, 256 + 256: steady sizes, see Block
+#           * MultiHead, 256 × 768 for q, k and v (see Head), and 256 × 256 + 256: what the
+#             position collects from itself and earlier ones
+#           * LayerNorm, 256 + 256
+#           * FeedForward, 256 × 1,024 + 1,024 and 1,024 × 256 + 256: what the position
+#             computes from all that it has
+#   LM      * ln_f, a LayerNorm, 256 + 256                                                512
+#           * lm_head, AdaptiveSoftmax: a logit for each possible next token,
+#             (B, T, V). 36,980 words and 2 groups, with 256 + 1 numbers each       9,504,374
+#                                                                                  11,099,254
+# With 37,000 words, 86% of the parameters are in lm_head. So its rows are used twice, for reading
+# words and for predicting them: a token_embedding of its own would need 9.5 million more. And it
+# does not compute all logits: that would be 86% of the work of a step as well.
 
 
 class Head(nn.Module):
@@ -307,8 +332,9 @@ class Head(nn.Module):
 
     Linear layers (in MultiHead) give every position a query q (what it looks for), a key k (what it
     offers) and a value v (what it hands over), of hs numbers each. The score of two positions is
-    q · k / √hs: large if the key fits. Softmax turns a row of scores into weights, and the
-    result is the average of the values with these weights. Three tokens, B = H = hs = 1:
+    q · k / √hs: large if q and k point the same way. Softmax turns a row of scores into weights.
+    The result is the average of the values with these weights. (kᵀ is k with its rows and columns
+    exchanged.) Three tokens, with B = H = hs = 1:
 
               scores, masked         weights            result
                k=2   k=0   k=1    v=10  v=20  v=30
@@ -326,10 +352,10 @@ class Head(nn.Module):
     def forward(self, q, k, v):
         """Attend. q, k, v and the result are (B, H, T, hs); @ works on the last two dimensions."""
         T, hs = q.shape[-2:]
-        # A score sums hs products, some positive, some negative. They partly cancel, so the typical
-        # size of the sum is √hs times that of a product. The division makes it independent of hs.
-        # Large scores push softmax to weights of 0 and 1, where it hardly reacts to a change of the
-        # scores: the gradient is almost zero, and the layers in front of it cannot learn.
+        # A score sums hs products, some positive, some negative. They partly cancel: 16 terms, at
+        # random 1 or -1, sum to about 4 = √16 or to -4, seldom to 16. Divided by √hs, scores have
+        # the same size for each hs. Large scores would push softmax to weights of 0 and 1. There
+        # it hardly reacts to a change of the scores: its derivative is almost 0.
         scores = (q / hs**0.5) @ k.transpose(-2, -1)  # (B,H,T,hs) @ (B,H,hs,T) -> (B,H,T,T)
         # The mask hides the future. For T = 3 its rows are [0 -inf -inf], [0 0 -inf], [0 0 0]: a
         # score of -inf gets the weight exp(-inf) = 0. Without the mask, position t sees its target,
@@ -361,6 +387,7 @@ class MultiHead(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).split(C, dim=-1)  # (B, T, C) @ (C, 3C) -> (B, T, 3C) -> three (B, T, C)
         # (B, T, C) -> (B, T, H, hs) -> (B, H, T, hs): matrix products use the last two dimensions.
+        # In view, -1 is the size that is left over: hs.
         q, k, v = (part.view(B, T, self.n_heads, -1).transpose(1, 2) for part in qkv)
         out = self.head(q, k, v).transpose(1, 2).reshape(B, T, C)  # heads side by side again
         # So far each head has its own channels. The projection mixes them: (B, T, C) @ (C, C)
@@ -368,11 +395,13 @@ class MultiHead(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers for each position on its own. Between them are 4 C numbers (also section 3.3).
+    """Two layers for each position on its own (Vaswani et al. 2017, section 3.3).
 
-    Attention averages what there is; this computes something new from it. In training, dropout sets
-    a random part of the numbers to 0, so that the model cannot rely on single ones: less
-    overfitting."""
+    Attention averages what there is; this computes something new from it. Each of the 4 C numbers
+    between the two layers can detect one pattern in x: it is above 0 if x has it. The 4 is theirs.
+
+    In training, dropout sets a random part of the numbers to 0, and multiplies the others so that
+    sums keep their size. The model cannot rely on single numbers: less overfitting."""
 
     def __init__(self, n_embed, dropout):
         super().__init__()
@@ -391,13 +420,14 @@ class Block(nn.Module):
 
     These sums are residual connections (He et al. 2015, arXiv 1512.03385). The derivative of
     x + f(x) is 1 + f'(x). The chain rule multiplies the derivatives of all blocks: thanks to the 1,
-    the gradient reaches the first block. Products of small f' alone would make it vanish.
+    the gradient reaches the first block. Products of small f' alone would make it vanish: with 0.1
+    in each of 4 blocks, 0.0001 of it would be left.
 
     LayerNorm shifts and scales the C numbers of each position to mean 0 and standard deviation 1.
     Then it multiplies each channel by a learned number, and adds a learned one. So attention and
-    feed-forward get numbers of a steady size, however large the sum x has grown. LayerNorm is
-    applied inside f, not to the sum, so the derivative keeps its 1 (Xiong et al. 2020, arXiv
-    2002.04745)."""
+    feed-forward get numbers of a steady size, however large the sum x has grown. In a block,
+    LayerNorm is applied inside f, not to the sum, so the derivative keeps its 1 (Xiong et al. 2020,
+    arXiv 2002.04745)."""
 
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -431,13 +461,20 @@ class AdaptiveSoftmax(nn.Module):
         row of the weight    0   1   2   3   4     5   6     7   8
         its logit is of     g0  g1  w0  w1  w2  |  w3  w4  |  w5  w6
 
-    @@PARAMETERS@@"""
+    Of the targets in the reviews, 84% are among the 2,000 most frequent words. They need the first
+    softmax only: 2,002 logits and not 36,980. 11% are in g0 and 4% in g1. A training step takes 0.4
+    times as long as with one softmax.
+
+    The rows of words are the token embedding as well (weight tying, Press and Wolf 2016, arXiv
+    1608.05859). Words that can replace each other, such as film and movie, need similar rows for
+    both: read, they mean nearly the same; predicted, they are likely in the same places."""
 
     def __init__(self, vocab_size, n_embed, cutoffs):
         super().__init__()
         self.cutoffs = [cutoff for cutoff in cutoffs if cutoff < vocab_size]
-        n_frequent, *sizes = [b - a for a, b in pairwise([0, *self.cutoffs, vocab_size])]
-        check(min([n_frequent, *sizes]) > 0, f"CUTOFFS = {cutoffs} must rise, from 1 on")
+        edges = [0, *self.cutoffs, vocab_size]
+        n_frequent, *sizes = [end - begin for begin, end in pairwise(edges)]  # 3 above, and 2, 2
+        check(n_frequent > 0 and min(sizes, default=1) > 0, f"CUTOFFS = {cutoffs} must rise from 1")
         self.rows = [len(sizes) + n_frequent, *sizes]  # of each softmax: 5, 2 and 2 above
         self.weight = nn.Parameter(torch.empty(sum(self.rows), n_embed))  # LM fills it
         self.bias = nn.Parameter(torch.zeros(sum(self.rows)))
@@ -454,11 +491,15 @@ class AdaptiveSoftmax(nn.Module):
         bias = self.bias.split(self.rows)[i]
         return multiply(x, weight, bias).float()  # x @ weight.T + bias: see behind the lesson
 
-    def forward(self, x):
-        """Return ln P of all words, (..., C) -> (..., V). Softmax makes P of it: it is logits."""
+    def first_choice(self, x):
+        """Return ln P of the groups, (..., C) -> (..., groups), and of the frequent words."""
         first = F.log_softmax(self.logits(x, 0), dim=-1)
-        groups, words = first.tensor_split([len(self.cutoffs)], dim=-1)
-        found = [words]
+        return first.tensor_split([len(self.cutoffs)], dim=-1)
+
+    def forward(self, x):
+        """Return ln P of all words, (..., C) -> (..., V). As logits they give P: e^(ln P) = P."""
+        groups, frequent = self.first_choice(x)
+        found = [frequent]
         for i in range(len(self.cutoffs)):
             inside = F.log_softmax(self.logits(x, i + 1), dim=-1)
             found.append(groups[..., [i]] + inside)  # ln(a · b) = ln a + ln b
@@ -467,7 +508,8 @@ class AdaptiveSoftmax(nn.Module):
     def losses(self, x, targets):
         """Return -ln P of the targets (N,), for x (N, C). Most need the first softmax only."""
         # group: 0 for a frequent word, 1 for a word of g0, 2 for one of g1.
-        group = torch.bucketize(targets, torch.tensor(self.cutoffs, device=x.device), right=True)
+        cutoffs = torch.tensor(self.cutoffs, device=x.device)
+        group = torch.bucketize(targets, cutoffs, right=True)
         row = torch.where(group == 0, targets + len(self.cutoffs), group - 1)
         losses = F.cross_entropy(self.logits(x, 0), row, reduction="none")  # of the first choice
         for i, cutoff in enumerate(self.cutoffs):
@@ -477,20 +519,19 @@ class AdaptiveSoftmax(nn.Module):
             losses = losses.index_add(0, chosen, second)
         return losses
 
-    def guess(self, x):
-        """Return the most likely token (N,) for each x (N, C)."""
-        first = F.log_softmax(self.logits(x, 0), dim=-1)
-        groups, words = first.tensor_split([len(self.cutoffs)], dim=-1)
-        best, guess = words.max(-1)  # ln P of the most likely word so far, and its id
+    def hits(self, x, targets, losses):
+        """Return for each target (N,) whether it is the most likely token. -losses is its ln P."""
+        groups, frequent = self.first_choice(x)
+        best, word = frequent.max(-1)
+        hits = (word == targets) | (-losses > best)
         for i, cutoff in enumerate(self.cutoffs):
             # A word has at most the P of its group. So only likelier groups are looked into.
-            chosen = (groups[:, i] > best).nonzero().flatten()
-            inside, word = F.log_softmax(self.logits(x[chosen], i + 1), dim=-1).max(-1)
-            inside += groups[chosen, i]
-            likelier = inside > best[chosen]
-            best[chosen[likelier]] = inside[likelier]
-            guess[chosen[likelier]] = cutoff + word[likelier]
-        return guess
+            chosen = (hits & (groups[:, i] > -losses)).nonzero().flatten()
+            inside = F.log_softmax(self.logits(x[chosen], i + 1), dim=-1)
+            best, word = inside.max(-1)
+            best = best + groups[chosen, i]
+            hits[chosen] = (cutoff + word == targets[chosen]) | (-losses[chosen] > best)
+        return hits
 
 
 class LM(nn.Module):
@@ -545,7 +586,26 @@ class LM(nn.Module):
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
     """Return {"loss": nats per token, "known": the same without <unk>, "accuracy"} of tokens (N,).
 
-    @@METRICS@@
+    Two predictions, where the true next words got the probabilities 0.3 and 0.05:
+
+        P of the true word     loss = -ln P     is it the most likely word?
+        0.3                    1.20             yes
+        0.05                   3.00             no
+        both                   2.10, the mean   accuracy 1/2
+
+    The accuracy asks only which word is first. The loss asks how much the true word got. e^loss is
+    the perplexity: e^2.10 = 8.2, as unsure as if choosing among 8.2 equally likely words. What is a
+    good value? On the validation part of the reviews (1,146,877 targets):
+
+        predicted from                   loss     perplexity   accuracy
+        nothing: all V equally likely    10.52    36,980       0.00%
+        nothing: always "the"            no end   no end       5.82%     P = 0 for all other words
+        how frequent each word is        6.90     994          5.82%
+        the word before (counted)        5.69     296          14.17%
+        this model                       @L@     @P@          @A@
+
+    A loss per word and one per character do not compare: a word has 5.4 characters, with the space.
+    Bits per character do: loss / ln 2 / 5.4 = @BITS@. `measure` prints them.
 
     Each document is cut into windows side by side, so each of its tokens but the first is a target
     once. With `eval_iters`, at most that many batches are used, evenly spread. No random number is
@@ -553,9 +613,9 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     model.eval()  # switches dropout off: the whole model is measured
     T = model.block_size
     device = next(model.parameters()).device
-    edges = [0, *((tokens == Tokenizer.eos).nonzero().flatten() + 1).tolist()]
+    ends = (tokens == Tokenizer.eos).nonzero().flatten() + 1  # of the documents
     windows = []  # (where a window starts, where its document ends)
-    for begin, end in pairwise(edges):
+    for begin, end in pairwise([0, *ends.tolist()]):
         windows += [(start, end) for start in range(begin, end - 1, T)]  # end - 1 is the <eos>
     n_windows = len(windows)
     n_used = n_windows if eval_iters is None else min(n_windows, eval_iters * batch_size)
@@ -568,34 +628,36 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
         hidden = model.hidden(x)[y != -100]  # (B, T, C) -> (number of targets, C)
         targets = y[y != -100]
         losses.append(model.lm_head.losses(hidden, targets))
-        hits.append(model.lm_head.guess(hidden) == targets)
+        hits.append(model.lm_head.hits(hidden, targets, losses[-1]))
         known.append(targets != Tokenizer.unk)
     losses = torch.cat(losses).cpu().double()
-    means = {
-        "loss": losses.mean(),
-        "known": losses[torch.cat(known).cpu()].mean(),
-        "accuracy": torch.cat(hits).double().mean(),
-    }
+    known = torch.cat(known).cpu()
+    accuracy = torch.cat(hits).float().mean()
+    means = {"loss": losses.mean(), "known": losses[known].mean(), "accuracy": accuracy}
     return {name: mean.item() for name, mean in means.items()}
 
 
 def make_optimizers(model):
     """Return a list of optimizers, the rules that turn gradients into changes of the parameters.
 
-    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) averages the recent gradients g of a
-    parameter, and their squares, and moves it by -rate · mean(g) / √mean(g²). If g is always 0.001,
-    the quotient is 0.001 / 0.001 = 1. If g is always 100, it is 1 as well: small gradients move a
-    parameter as far as large ones. If g is 1 and -1 in turn, mean(g) is about 0, and it stays.
+    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) keeps two averages for each parameter, of
+    its gradients g and of their squares. In each step, an average becomes beta · average +
+    (1 - beta) · new value. (They start at 0, which AdamW corrects.) The parameter is moved by
+    -rate · mean(g) / √mean(g²). If g is always 0.001, the quotient is 0.001 / 0.001 = 1. If g is
+    always 100, it is 1 as well: all parameters learn at the same speed. If g is 1 and -1 in turn,
+    mean(g) is about 0, and the parameter stays.
 
-    WEIGHT_DECAY also makes matrices a little smaller in each step. A small matrix turns a small
+    Before that, matrices are multiplied by 1 - rate · WEIGHT_DECAY. A small matrix turns a small
     difference of two inputs into a small difference of its results. To know single sentences by
-    heart takes large ones."""
+    heart, a model must react to small differences. (Biases and LayerNorm are not multiplied: they
+    shift and scale, and so hardly add such reactions.)"""
     by_muon = []
-    if MUON:  # behind the lesson: another rule, for the matrices of the blocks
+    if MUON:  # another rule, for the matrices of the blocks: explained behind the lesson
         by_muon = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in by_muon)]
     decay = {"params": [p for p in others if p.dim() == 2], "weight_decay": WEIGHT_DECAY}
     no_decay = {"params": [p for p in others if p.dim() != 2], "weight_decay": 0.0}
+    # fused: one pass over all parameters, which is faster. train_step sets the rate.
     adamw = torch.optim.AdamW([decay, no_decay], betas=BETAS, fused=True)
     return [adamw, Muon(by_muon, WEIGHT_DECAY)] if by_muon else [adamw]
 
@@ -603,14 +665,15 @@ def make_optimizers(model):
 def get_lr(step, max_iters, peak):
     """Return the learning rate of a step: a line up to the peak, then one down to FINAL_LR · peak.
 
-    It rises because the optimizers' first averages cover few gradients, and are noisy. It falls
+    It rises because the optimizers' first averages are of few gradients, and inexact. It falls
     because with large steps the parameters keep jumping around the minimum; small ones settle.
     With 100 steps and a peak of 1, the rates of steps 0, 9, 10 and 99 are:
 
     >>> [round(get_lr(step, 100, 1.0), 3) for step in (0, 9, 10, 99)]
     [0.1, 1.0, 0.989, 0.011]
 
-    More steps make a longer line: a run that is resumed with more begins at a higher rate again."""
+    More steps make a longer line. So a run that is resumed with more of them goes on with a higher
+    rate than it ended with."""
     warmup = max(1, min(WARMUP_ITERS, max_iters // 10))  # a short run has no time for more
     if step < warmup:
         return peak * ((step + 1) / warmup)
@@ -619,16 +682,13 @@ def get_lr(step, max_iters, peak):
 
 
 def train_step(model, optimizers, x, y, lr):
-    """Change the parameters once, to lower the loss on x, y (B, T). Return the loss before it.
-
-    The plainest rule, with one parameter w = 2, loss w², gradient 2w = 4 and rate 0.1: w becomes
-    2 - 0.1 · 4 = 1.6, and the loss falls from 4 to 2.56."""
+    """Change the parameters once, to lower the loss on x, y (B, T). Return the loss before it."""
     model.train()  # switches dropout on
     _, loss = model(x, y)
-    # PyTorch remembers how the loss was computed from the parameters, operation by operation. So
-    # backward can go back from the loss, and find d loss / d parameter for every parameter.
-    loss.backward()
-    if GRADIENT_CLIP is not None:  # AdamW's averages know a sudden long gradient too late
+    loss.backward()  # computes the gradient: d loss / d parameter, for every parameter
+    if GRADIENT_CLIP is not None:
+        # The gradient is one long vector. If it is longer than GRADIENT_CLIP, it is scaled down to
+        # this length. A single long one would rule the averages of the next steps: 10 in AdamW.
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -641,11 +701,15 @@ def train_step(model, optimizers, x, y, lr):
 def train(model, tokenizer, optimizers, splits, run):
     """Train up to step run["max_iters"]. Evaluate and save at every EVAL_INTERVAL steps.
 
-    The file of the run has the last parameters, and the best ones by validation loss. (Since that
-    text chooses them, its loss flatters them a little.) UserError: a loss is not finite."""
+    `run` is a dict with all that its file will hold, among them the seed, max_iters, the last saved
+    step, the history {step: losses}, the path of the file (None before the first save), and two
+    sets of parameters: the last ones, to go on with, and the best ones, which generate. The best
+    have the lowest validation loss. (Among several sets, that picks a lucky one: their true loss is
+    a little higher.) Functions behind the lesson print and save: evaluate, save_step,
+    show_progress. UserError: a loss is not finite."""
     device = next(model.parameters()).device
     peak = LEARNING_RATE if MUON else ADAMW_LEARNING_RATE
-    start = time.perf_counter() - run["seconds"]  # as if earlier parts had just ended
+    start = time.perf_counter() - run["seconds"]  # a resumed run counts its earlier ones
     try:
         for step in range(run["step"], run["max_iters"] + 1):
             is_due = step % EVAL_INTERVAL == 0 or step == run["max_iters"]
@@ -654,8 +718,9 @@ def train(model, tokenizer, optimizers, splits, run):
                 if step > run["step"]:  # not at the beginning: nothing is learned yet
                     save_step(run, step, model, optimizers, time.perf_counter() - start)
             if step == run["max_iters"]:
-                break
-            torch.manual_seed(run["seed"] * 1_000_000 + step)  # same step, same random numbers
+                break  # this round was for the last evaluation
+            # The same step draws the same random numbers, in a run that was resumed as well.
+            torch.manual_seed(run["seed"] * 1_000_000 + step)
             x, y = get_batch(splits["train"], BATCH_SIZE, model.block_size, device)
             loss = train_step(model, optimizers, x, y, get_lr(step, run["max_iters"], peak))
             show_progress(run, step, loss, time.perf_counter() - start)
@@ -676,8 +741,9 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     >>> [round(next_token_probabilities(two, t)[0].item(), 2) for t in (0, 0.5, 1, 2)]
     [1.0, 0.88, 0.73, 0.62]
 
-    top_k keeps the k most likely tokens. top_p keeps the first of these until their share is p:
-    few where the model is sure, many where it is not (Holtzman et al. 2019, arXiv 1904.09751).
+    top_k keeps the k most likely tokens. top_p keeps the most likely ones until together they have
+    the probability p: few tokens where the model is sure, many where it is not (Holtzman et al.
+    2019, arXiv 1904.09751).
 
     >>> three = torch.tensor([0.5, 0.3, 0.2]).log()  # softmax gives 0.5, 0.3, 0.2
     >>> next_token_probabilities(three, top_k=2), next_token_probabilities(three, top_p=0.4)
@@ -687,7 +753,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     V = len(logits)
     logits = logits.float().cpu()  # on Apple's mps, draws were invalid
     if temperature == 0:
-        return F.one_hot(logits.argmax(), V).float()
+        return F.one_hot(logits.argmax(), V).float()  # 1 for the largest logit, 0 for all others
     # The largest logit becomes 0 first: the result is the same, and nothing can overflow.
     probabilities = F.softmax((logits - logits.max()) / temperature, dim=-1)
     if top_k is None and top_p is None:
@@ -695,7 +761,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     kept, ids = probabilities.topk(min(top_k or V, V))  # the most likely ones, in falling order
     if top_p is not None:
         before = kept.cumsum(0) - kept  # what the likelier tokens have together
-        kept = kept.masked_fill(before >= top_p * kept.sum(), 0)
+        kept = kept.masked_fill(before >= top_p * kept.sum(), 0)  # sum: what top_k has left
     return torch.zeros(V).scatter(0, ids, kept / kept.sum())  # each back to its own place
 
 
@@ -721,7 +787,17 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 def beam_search(model, ids, max_new_tokens, beams):
     """Return (new ids, ln of their probability): the likeliest continuation that the search finds.
 
-    @@BEAMS@@"""
+    The likeliest next word can lead to an unlikely text. Let the first word be a or c:
+
+        a 0.6, then at best b 0.55    0.6 · 0.55 = 0.33    ln: -0.51 - 0.60 = -1.11
+        c 0.4, then at best d 0.9     0.4 · 0.9  = 0.36    ln: -0.92 - 0.11 = -1.02
+
+    One beam takes the likeliest word each time, and finds a b. Two beams continue the two likeliest
+    texts, keep the two likeliest of all results, and find c d. ln turns products into sums. This is
+    needed: 100 words with P = 0.01 have 10^-200 together, which float32 rounds to 0; the sum of
+    their ln is -461.
+
+    @@BEAMSAMPLE@@"""
     check(len(ids) > 0, "the prompt has no token: give some text to continue")
     device = next(model.parameters()).device
     model.eval()  # switches dropout off
@@ -732,16 +808,20 @@ def beam_search(model, ids, max_new_tokens, beams):
             if new and new[-1] == Tokenizer.eos:  # this text has ended
                 candidates.append((score, new))
                 continue
-            idx = torch.tensor([[*ids, *new][-model.block_size :]], device=device)
-            logits = model(idx)[0][0, -1]
-            logits[[Tokenizer.pad, Tokenizer.unk]] = -math.inf
-            best = F.log_softmax(logits, dim=-1).topk(min(beams, len(logits) - 2))
-            for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                candidates.append((score + value, [*new, token]))  # ln(a · b) = ln a + ln b
+            text = [*ids, *new]
+            idx = torch.tensor([text[-model.block_size :]], device=device)
+            logits, _ = model(idx)
+            logits[..., [Tokenizer.pad, Tokenizer.unk]] = -math.inf
+            n = min(beams, logits.shape[-1] - 2)  # 2: all words but <pad> and <unk>
+            best = F.log_softmax(logits[0, -1], dim=-1).topk(n)
+            for value, token in zip(best.values, best.indices, strict=True):
+                # ln(a · b) = ln a + ln b
+                candidates.append((score + value.item(), [*new, token.item()]))
         kept = sorted(candidates, reverse=True)[:beams]
-        score, new = kept[0]
+        _, new = kept[0]
         if new[-1] == Tokenizer.eos:
             break  # the others can only become less likely than they are
+    score, new = kept[0]
     return new, score
 
 
@@ -752,9 +832,10 @@ def attention_weights(model, ids):
     Row t tells how position t weighs the positions 0 to t; its sum is 1. Head returns weights @ v.
     If v is the identity matrix, this is the weights themselves:
 
-        0.9  0.1      1  0      0.9  0.1
-        0.3  0.7  @   0  1  =   0.3  0.7
-    """
+        1    0       1  0     1    0
+        0.3  0.7  @  0  1  =  0.3  0.7      row 1: the second word weighs the first one with 0.3
+
+    main draws them into NAME-1_attention.png. @@PICTURE@@"""
     found = []
 
     # A hook: PyTorch calls look(head, inputs, output) after each call of a Head.
@@ -765,12 +846,14 @@ def attention_weights(model, ids):
         # head(...) would call this function again, without end; head.forward(...) does not. In
         # bfloat16, the weights would have 2 digits only.
         with torch.autocast(q.device.type, enabled=False):
-            found.append(head.forward(q.float(), k.float(), identity)[0].cpu())
+            weights = head.forward(q.float(), k.float(), identity)
+        found.append(weights[0].cpu())
 
+    device = next(model.parameters()).device
     model.eval()  # switches dropout off
     hooks = [block.attention.head.register_forward_hook(look) for block in model.blocks]
     try:
-        model.hidden(torch.tensor([ids], device=next(model.parameters()).device))
+        model.hidden(torch.tensor([ids], device=device))
     finally:  # whatever happens, the model is left as it was
         for hook in hooks:
             hook.remove()
@@ -787,18 +870,22 @@ def attention_weights(model, ids):
 # factor is 10. And (1, -1) W = (1, -1): in that direction, it is 1. A matrix of 128 × 384 numbers
 # has 128 such directions with their factors, the singular values.
 #
-# Let this W be the gradient of a layer's matrix. The factor is large for (1, 1) if many inputs of
-# the batch lie in that direction. Three optimizers make different steps of this gradient:
+# Now let this be the gradient of a layer's matrix. In y = x W, y_j is the sum of all x_i · W_ij. So
+# one position of the batch with the input x adds the matrix x_i · d_j to the gradient, where d_j is
+# the derivative of the loss by y_j. This matrix turns a vector u into (u · x) d, a long vector if u
+# points like x. So the factor is large for a direction that many inputs have, and small for a rare
+# one. Three optimizers make different steps of this gradient:
 #
 #                plain gradient     AdamW, first step     Muon
 #                5.5  4.5           1  1                  0.7  0.0
 #                4.5  5.5           1  1                  0.0  0.7
 #     factors    10 and 1           2 and 0               0.7 and 0.7
 #
-# The rate must be small enough for the largest factor, so a plain step learns little for (1, -1).
-# AdamW makes the numbers of the matrix equal, not its factors: here it learns nothing for (1, -1).
-# Muon makes the factors equal: it learns as much for rare directions as for frequent ones.
-# @MUONGAIN@
+# A plain step must be small enough for the largest factor, or it overshoots: w = 2 (see the top)
+# with the rate 1.1 would become 2 - 1.1 · 4 = -2.4. So it learns little for (1, -1). AdamW makes
+# the numbers equal, not the factors: here it learns nothing for (1, -1). Muon makes the factors
+# equal: it learns as much for rare directions as for frequent ones. After 400 steps, both at the
+# rate that is best for so few (0.016), the loss is 1.66 with Muon, and 1.87 with AdamW alone.
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
 
@@ -812,19 +899,22 @@ class Muon(torch.optim.Optimizer):
         """Change every matrix. `backward` has filled its `grad`; train_step has set "lr"."""
         for group in self.param_groups:  # a dict: the matrices, "lr" and "weight_decay"
             for p in group["params"]:
-                if p.grad is None:  # frozen or not used: left alone, as AdamW does
+                if p.grad is None:  # not used, or requires_grad is False: left alone
                     continue
                 state = self.state[p]  # a dict of our own for each matrix
                 if "average" not in state:
                     state["average"] = torch.zeros_like(p)
                 average = state["average"]
                 average.lerp_(p.grad, 0.05)  # in place (_): 0.95 · old average + 0.05 · gradient
-                # 0.95 · average + 0.05 · gradient: the newest gradient counts about twice.
+                # 0.95 · average + 0.05 · gradient: the newest gradient counts about twice, so the
+                # step reacts sooner.
                 update = orthogonalize(p.grad.lerp(average, 0.95))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # If all factors are 1, the squares of the r · c numbers sum to r, for r <= c: each
-                # is about 1/√c. Those of AdamW's step are about 0.2. With the factor 0.2 · √c, one
-                # rate fits both (Liu et al. 2025, arXiv 2502.16982).
+                # A matrix of 128 × 384 numbers has 128 factors. If all are 1, the squares of its
+                # numbers sum to 128 (see orthogonalize), so each number is about 1/√384. AdamW's
+                # quotients are 1 at first, and about 0.2 later, when gradients change their signs.
+                # With the factor 0.2 · √384, one rate fits both (Liu et al. 2025, arXiv
+                # 2502.16982).
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
@@ -834,16 +924,18 @@ def orthogonalize(matrix):
     >>> orthogonalize(torch.tensor([[5.5, 4.5], [4.5, 5.5]])).mul(10).round().abs().tolist()
     [[7.0, 0.0], [0.0, 7.0]]
 
-    x xᵀ x has the directions of x. Each factor s becomes s³: above, (1, 1) is multiplied by 10
-    three times. So a x + b x xᵀ x + c x xᵀ x xᵀ x turns each s into a s + b s³ + c s⁵, and one need
-    not know the directions. With 3.4445, -4.775 and 2.0315 for a, b, c, a small s grows to 3.4 s,
-    and an s near 1 stays between 0.6 and 1.2. Five rounds of it (Newton-Schulz) are enough:
+    First, the matrix M is divided by its norm, so that no factor is above 1. (The square of the
+    norm is the sum of the squares of all numbers, and of all factors. Above, it is 101 = 10² + 1².)
+
+    M Mᵀ M has the directions of M. Each factor s becomes s³: above, (1, 1) is multiplied by 10
+    three times. So 3.4445 M - 4.775 M Mᵀ M + 2.0315 M Mᵀ M Mᵀ M turns each factor s into
+    3.4445 s - 4.775 s³ + 2.0315 s⁵, and one need not know the directions. Jordan et al. chose the
+    three numbers so that a small s grows fast, to 3.4 s, and an s near 1 stays between 0.7 and 1.2.
+    Five rounds of it (Newton-Schulz) are enough:
 
         s = 1       0.70  1.11  0.72  1.09  0.70
         s = 0.01    0.03  0.12  0.40  1.09  0.70
-
-    First, the matrix is divided by its norm, so that no factor is above 1: norm² is the sum of the
-    squares of all numbers, and of all factors. Above, it is 101 = 10² + 1²."""
+    """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T  # the same result, from smaller products
     x = matrix.bfloat16() if has_bfloat16(matrix.device) else matrix
@@ -903,6 +995,7 @@ def new_run(documents, flags, device):
         "seconds": 0.0,  # of training, all parts added
         "constants": constants(),
         "cleaning": CLEANING,
+        "min_freq": MIN_FREQ,
     }
     check(0 <= run["seed"] < 2**32, f"SEED = {run['seed']} must be 0 to 2**32 - 1")
     torch.manual_seed(run["seed"])
@@ -910,9 +1003,13 @@ def new_run(documents, flags, device):
     sizes = BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT, CUTOFFS
     model = LM(tokenizer.vocab_size, *sizes).to(device)
     run["vocabulary"] = tokenizer.vocabulary
-    # A NumPy number has `item`, which makes a number of Python's: a file holds no others.
-    run["config"] = {k: v.item() if hasattr(v, "item") else v for k, v in model.config.items()}
+    run["config"] = {name: plain(value) for name, value in model.config.items()}
     return run, model, tokenizer
+
+
+def plain(value):
+    """Return a NumPy number as one of Python's: a run's file can hold no other."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def constants():
@@ -943,10 +1040,10 @@ def resume(run, model, optimizers, flags):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     else:
         print(f"the run had {run['optimizer_names']}: the averages of other optimizers start anew")
-    sizes = ("BLOCK_SIZE", "N_EMBED", "N_LAYERS", "N_HEADS", "DROPOUT", "SEED", "MAX_ITERS")
     edited = differences(constants(), run["constants"])
-    kept = [name for name in edited if name in sizes]
-    used = {name: value for name, value in edited.items() if name not in sizes}
+    # What the run has under the same name is kept: sizes, DROPOUT, SEED and MAX_ITERS.
+    kept = [name for name in edited if name.lower() in run | run["config"]]
+    used = {name: value for name, value in edited.items() if name not in kept}
     if edited:
         print(f"edited since: {', '.join(kept) or 'nothing'} (the run's values are kept)", end="; ")
         print(f"{', '.join(used) or 'nothing'} (the script's are used from now on)")
@@ -1163,8 +1260,9 @@ def read_reviews(path):
                     if member.isfile() and member.size < 10**6:
                         keep(member.name, archive.extractfile(member).read())
     except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError) as error:
+        reason = " ".join(str(error).split())[:99]
         why = "get it again, or unpack it first if it is a text"
-        raise UserError(f"{path} is no whole archive of reviews ({error}): {why}") from error
+        raise UserError(f"{path} is no whole archive of reviews ({reason}): {why}") from error
     check(len(texts) == 50_000, f"{path} has {len(texts):,} of 50,000 reviews: get a whole copy")
     return [texts[name] for name in sorted(texts)]
 
@@ -1181,8 +1279,9 @@ def read_documents(path, cleaning):
     sample = "\n".join(texts[:: len(texts) // 1000 + 1])  # some documents are enough to judge
     # Thai and Lao, Burmese, Khmer, Japanese, Chinese:
     unspaced = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
-    share = len(re.findall(unspaced, sample)) / max(1, sum(map(str.isalpha, sample)))
-    check(share <= 0.1, f"{path} has no spaces between words: take char_gpt.py or gpt2.py for it")
+    letters = sum(map(str.isalpha, sample))
+    spaced = len(re.findall(unspaced, sample)) <= 0.1 * letters
+    check(spaced, f"{path} has no spaces between words: take char_gpt.py or gpt2.py for it")
     documents = [clean(text, cleaning) for text in texts]
     documents = [text for text in documents if text]
     check(len(documents) > 9, f"{path}: put empty lines between at least 10 paragraphs")
@@ -1227,7 +1326,8 @@ def draw_attention(model, tokenizer, ids, path):
     heads = []
     for block, layer in enumerate(attention_weights(model, ids), 1):
         for head, weights in enumerate(layer, 1):
-            heads.append((weights[:, 1:].square().sum().item(), block, head, weights))
+            sharpness = weights[:, 1:].square().sum().item()
+            heads.append((sharpness, block, head, weights))
     heads = sorted(heads, key=lambda entry: entry[0], reverse=True)[:PICTURE_HEADS]
     words = [tokenizer.decode([token]) for token in ids]
     font = FontProperties(fname=find_font(set("".join(words))), size=7)
@@ -1247,9 +1347,15 @@ def find_font(letters):
     """Return the file of a font that has all these letters. UserError: there is none."""
     from matplotlib import font_manager
 
-    usual = font_manager.findfont("DejaVu Sans")  # comes with matplotlib; it has no Korean letters
-    for file in (usual, *(font.fname for font in font_manager.fontManager.ttflist)):
-        if {ord(letter) for letter in letters} <= font_manager.get_font(file).get_charmap().keys():
+    files = [
+        font_manager.findfont("DejaVu Sans")
+    ]  # comes with matplotlib; it has no Korean letters
+    for font in font_manager.fontManager.ttflist:
+        if "Last Resort" not in font.name:  # its letters are boxes
+            files.append(font.fname)
+    for file in files:
+        codes = font_manager.get_font(file).get_charmap()
+        if all(ord(letter) in codes for letter in letters):
             return file
     raise UserError(f"no font here has the letters {''.join(sorted(letters))!r:.60}")
 
@@ -1282,8 +1388,9 @@ def multiply(x, weight, bias):
     The number of targets varies from batch to batch. So rows of zeros fill x up to a multiple of
     64, and there are few different numbers. Otherwise 150 steps would take 2.5 GB."""
     n = x.shape[-2]
+    x = F.pad(x, (0, 0, 0, -n % 64))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bfloat16(x.device)):
-        return F.linear(F.pad(x, (0, 0, 0, -n % 64)), weight, bias)[..., :n, :]
+        return F.linear(x, weight, bias)[..., :n, :]
 
 
 def find_device(name):
@@ -1408,7 +1515,8 @@ def prepare(flags, device):
     optimizers = make_optimizers(model)
     if flags.resume:
         resume(run, model, optimizers, flags)
-    run["constants"] |= {"SEED": str(run["seed"]), "MAX_ITERS": str(run["max_iters"])}
+    run["constants"]["SEED"] = str(run["seed"])
+    run["constants"]["MAX_ITERS"] = str(run["max_iters"])
     splits = split_text(documents, tokenizer)
     name_text(run, path, "\n".join(documents["val"]), len(splits["train"]))
     run["prompt"] = choose_prompt(flags, run, tokenizer)
@@ -1427,10 +1535,12 @@ def measure(run, model, splits, documents):
         metrics = estimate_loss(model, splits[split], max(1, 4096 // model.block_size))
         texts = documents[split]
         n_targets = len(splits[split]) - len(texts)
-        characters = sum(len(text) - len(text.partition(" ")[0]) + 1 for text in texts)
+        first_words = sum(len(text.partition(" ")[0]) for text in texts)
+        characters = sum(map(len, texts)) + len(texts) - first_words
         metrics["perplexity"] = math.exp(metrics["loss"])
         metrics["bits_per_character"] = metrics["loss"] / math.log(2) * n_targets / characters
-        metrics["unknown"] = (splits[split] == Tokenizer.unk).double().mean().item()
+        n_unknown = (splits[split] == Tokenizer.unk).sum().item()
+        metrics["unknown"] = n_unknown / len(splits[split])
         print(f"all of {split}: " + ", ".join(f"{name} {x:.4f}" for name, x in metrics.items()))
         results[split] = metrics
     run["val_loss"] = results["val"]["loss"]

@@ -56,11 +56,7 @@ def edited_copy(script, folder, insert="", **constants):
     `insert` is code to put in front of the `__main__` block: it can replace definitions."""
     source = (ROOT / script).read_text(encoding="utf-8")
     for name, value in constants.items():
-        (place,) = (
-            node
-            for node in ast.parse(source).body
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name
-        )
+        (place,) = (node for node in ast.parse(source).body if assigns(node, name))
         lines = source.splitlines(keepends=True)
         lines[place.lineno - 1 : place.end_lineno] = [f"{name} = {value!r}\n"]
         source = "".join(lines)
@@ -68,6 +64,13 @@ def edited_copy(script, folder, insert="", **constants):
     source = source.replace("\nif __name__ ==", f"\n{insert}\nif __name__ ==")
     path.write_text(source, encoding="utf-8")
     return path
+
+
+def assigns(statement, name):
+    """Return whether a statement, an `if` for example, assigns to a name."""
+    parts = [node for node in ast.walk(statement) if isinstance(node, ast.Assign)]
+    is_constant = isinstance(statement, ast.Assign | ast.If)
+    return is_constant and any(getattr(part.targets[0], "id", None) == name for part in parts)
 
 
 def give_signals_back():
@@ -283,14 +286,14 @@ class FaultyServer(http.server.ThreadingHTTPServer):
 
     A fault is a status, an address (it redirects there), "stall" (half the body, then silence),
     "cut" (half the body, then the end), "wrong" (other bytes), "lie" (a Content-Length that is too
-    small), "endless" (no length, and no end), or None. `seen` lists (path, headers) of every
+    small), or None. `seen` lists (path, headers) of every
     request. Byte ranges are honoured where `ranges` is True."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files, self.faults, self.seen, self.ranges, self.sent = {}, [], [], True, 0
+        self.files, self.faults, self.seen, self.ranges = {}, [], [], True
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -328,15 +331,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault == "wrong":
             payload = bytes(byte ^ 1 for byte in payload[:64]) + payload[64:]
         length = len(payload) // 2 if fault == "lie" else len(payload)
-        if fault != "endless":
-            self.send_header("Content-Length", str(length))
+        self.send_header("Content-Length", str(length))
         self.end_headers()
         if fault in ("stall", "cut"):
             payload = payload[: len(payload) // 2]
         try:
             self.wfile.write(payload)
-            while fault == "endless" and server.sent < 10**8:  # an end for the disk's sake
-                server.sent += self.wfile.write(payload)
             self.wfile.flush()
             if fault == "stall":
                 time.sleep(5)

@@ -53,14 +53,15 @@ def test_each_step_draws_a_batch_of_its_own(script):
         return batches[-1]
 
     script.main(get_batch=listen)
-    assert len({str(x) for x, _ in batches}) == len(batches) == 9 * len(batches) // 9 > 0
+    assert len(batches) >= 9
+    assert len({str(x) for x, _ in batches}) == len(batches)
 
 
 def test_evaluating_changes_nothing(script):
     script.main()
     script.main(EVAL_INTERVAL=2, EVAL_ITERS=1)
     assert is_same(script.run(1)["last"], script.run(2)["last"])
-    assert script.run(1)["history"][0] != script.run(2)["history"][0]  # other windows are measured
+    assert [*script.run(2)["history"]] == [0, 2, 4, 6, 8, 9]
 
 
 def test_the_estimate_does_not_depend_on_the_batch_size(script):
@@ -84,13 +85,11 @@ def test_a_killed_and_resumed_run_ends_like_one_that_was_not(script, bfloat16):
         assert script.run()["step"] == (step - 1) // 4 * 4
         resumed = script.main("--resume")
         assert_same(unbroken, script.run())
-        assert script.run()["constants"] == unbroken["constants"]
+        assert script.run()["constants"] | {"code": ""} == unbroken["constants"] | {"code": ""}
         for name in ("val_loss", "text", "steps"):
             assert resumed[name] == results[name]
-        assert resumed["steps"] == 14 and set(script.files()) == {
-            script.path(1),
-            f"{script.name}-1.png",
-        }
+        assert resumed["steps"] == 14
+        assert [path.name for path in Path().glob("*.pt")] == [script.path(1)]
 
 
 def test_the_saved_step_is_not_evaluated_again(script):
@@ -127,7 +126,8 @@ def test_main_returns_what_it_promises(script, capsys):
     assert results["bits_per_character"] > 0 and results["tokens_per_second"] > 0
     assert results["steps"] == 9 and results["seconds"] > 0
     assert results["parameters"] == sum(p.numel() for p in model.parameters())
-    assert results["text"].startswith("the ") and results["text"] in printed
+    printable = getattr(script.gpt, "printable", str)  # words have no control characters
+    assert results["text"].startswith("the ") and printable(results["text"]) in printed
     assert script.path(1) in printed
     assert set(script.files()) >= {script.path(1), f"{script.name}-1.png"}
     assert script.main("--sample", "--seed", str(script.gpt.SEED))["text"] == results["text"]
@@ -192,10 +192,7 @@ def test_a_run_may_be_renamed(script):
     script.main("--resume", "--run", "my best.pt", "--max-iters", "12")
     assert script.gpt.read_run("my best.pt")["step"] == 12
     assert script.files()[script.path(1)] == first
-    assert {name for name in script.files() if name.endswith(".pt")} == {
-        script.path(1),
-        "my best.pt",
-    }
+    assert {path.name for path in Path().glob("*.pt")} == {script.path(1), "my best.pt"}
 
 
 def test_a_run_that_is_stopped_before_its_first_save_leaves_nothing(script):
@@ -217,7 +214,7 @@ def test_an_empty_file_is_no_run(script):
     os.remove(script.path(1))
     os.remove(script.path(3))
     with pytest.raises(script.gpt.UserError, match="no run here"):
-        script.main("--sample")
+        script.main("--resume")
 
 
 def test_a_run_whose_steps_are_done_says_so(script):
@@ -340,11 +337,13 @@ def test_runs_are_listed_with_what_differs(script, capsys):
 
 
 def test_a_constant_that_was_edited_is_no_edit_of_the_code(script, capsys):
-    script.main()
-    script.main(__file__=str(edited_copy(f"{script.name}.py", script.folder, N_LAYERS=3)))
+    for layers in (2, 3):
+        path = edited_copy(f"{script.name}.py", script.folder, N_LAYERS=layers)
+        script.main(__file__=str(path), N_LAYERS=layers)
     capsys.readouterr()
     script.gpt.main(["--runs"])
-    assert not lines_with("edited", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert "N_LAYERS = 3" in printed and "edited" not in printed
 
 
 def test_numbers_of_numpy_are_taken_as_constants(script):
@@ -383,8 +382,8 @@ def test_presets(script):
         pasted = {}
         exec(source, {"FAST_GPU": False}, pasted)
         assert pasted and all(hasattr(original, constant) for constant in pasted), name
-        n_heads = pasted.get("N_HEADS", original.N_HEADS)
-        assert pasted.get("N_EMBED", original.N_EMBED) % n_heads == 0, name
+        n_heads = pasted.get("N_HEADS", original.N_HEADS) or 12  # None: those of OpenAI's smallest
+        assert (pasted.get("N_EMBED", original.N_EMBED) or 768) % n_heads == 0, name
         small = {"N_EMBED": 8 * n_heads, "N_HEADS": n_heads, "N_LAYERS": 1, "BLOCK_SIZE": 16}
         small |= {"BATCH_SIZE": 2, "MAX_ITERS": 2, "EVAL_ITERS": 2}
         if script.name == "gpt2":
@@ -466,26 +465,22 @@ def test_where_the_text_is_found(script, tmp_path):
     assert_one_line_error(run_child(link, "--data", f"none/{data}"), f"none/{data}")
 
 
-# Tries again at once, and not often; `download` is what word_gpt.py and gpt2.py share.
-HURRY = "time.sleep = lambda seconds: None\nislice, cut = lambda x, n: cut(x, min(n, 9)), islice"
-
-
 def test_the_download_of_the_text(script, tmp_path, server):
     content = Path(script.write_data(tmp_path, TEXT)[1]).read_bytes()
     server.files["/input.txt"] = content
     digest, url = sha256(content).hexdigest(), f"{server.url}/input.txt"
-    has_download = hasattr(script.gpt, "download")
-    hurry = HURRY if has_download else ""
+    has_download = hasattr(script.gpt, "download")  # it tries again, and uses what it has got
+    hurry = "time.sleep = lambda seconds: None"
     edits = {"DATA": "input.txt", "DATA_URL": url, "DATA_SHA256": digest, "MAX_ITERS": 2}
     path = script.copy(hurry, **edits)
     bad = ["file:///etc/passwd", "http://[::bad", f"{url}:", 404, 500, "wrong", "cut", "lie"]
-    for fault in bad + ["endless"] * has_download:
+    for fault in bad:
         server.faults = [fault] * 9
         assert_one_line_error(run_child(path), url, "input.txt")
         assert {p.name for p in script.folder.iterdir()} <= {path.name, "input.txt.part"}
         assert has_download or not Path("input.txt.part").exists()
     server.faults = []
-    assert run_child(path).returncode == 0 and server.sent < 10**8
+    assert run_child(path).returncode == 0
     assert Path("input.txt").read_bytes() == content and not [*Path().glob("*.part")]
     seen = len(server.seen)
     by_hand = Path(script.write_data(tmp_path, OTHER)[1]).rename("input.txt").read_bytes()

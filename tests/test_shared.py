@@ -25,13 +25,13 @@ BUDGETS = {
 INTENDED = {
     ("char_gpt", "word_gpt"): {
         "words, and those that are unknown": "Tokenizer Tokenizer.__init__ Tokenizer.encode "
-        "Tokenizer.decode",
-        "documents: windows end with them, and padding is no target": "split_text get_batch",
+        "Tokenizer.decode choose_prompt write_sample",
+        "documents: they end, and <pad> fills what is missing": "split_text get_batch "
+        "estimate_loss measure generate",
         "a large softmax stands where lm_head stands, and embeds": "LM.__init__ LM.forward",
-        "accuracy, and the loss without <unk>": "estimate_loss save_run",
-        "a text ends": "generate",
+        "cleaning and cutoffs belong to a run": "new_run load_run",
         "a verified download": "find_data",
-        "documents, beams, a picture": "check_constants parse_flags main",
+        "documents, beams, a picture": "parse_flags prepare main",
     },
     ("char_gpt", "gpt2"): {
         "byte pairs, and a text that stays in a file": "Tokenizer Tokenizer.__init__ "

@@ -10,8 +10,8 @@ from graders.pieces import find_piece
 from graders.process import SECONDS, ask
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5  # how exact numbers must be
-SAMPLE_TOLERANCE = 0.12  # how far the share of a value among random draws may be off
-OTHER_KIND = object()
+SHARE_TOLERANCE = 0.16  # how far the share of a value among random draws may be off
+RARE = 0.03  # a value with a smaller share may be missing
 
 
 # --- Compare values -------------------------------------------------------------------------------
@@ -64,12 +64,20 @@ def all_equal(values):
     return all(value == values[0] for value in values)
 
 
+def shares_of(draws):
+    """Return {value: its share} of random draws."""
+    return {value: n / len(draws) for value, n in Counter(map(str, draws)).items()}
+
+
 def same_shares(got, right):
     """Return whether two lists of random draws have each value about equally often."""
-    ours, theirs = Counter(map(str, right)), Counter(map(str, got))
-    values = ours.keys() | theirs.keys()
-    n, m = max(1, len(right)), max(1, len(got))
-    return all(abs(ours[v] / n - theirs[v] / m) < SAMPLE_TOLERANCE for v in values)
+    theirs, ours = shares_of(got), shares_of(right)
+    for value in ours.keys() | theirs.keys():
+        a, b = ours.get(value, 0), theirs.get(value, 0)
+        one_is_missing = min(a, b) == 0 and max(a, b) > RARE
+        if one_is_missing or abs(a - b) > SHARE_TOLERANCE:
+            return False
+    return True
 
 
 def same(got, right, tolerance=None):

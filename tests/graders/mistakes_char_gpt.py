@@ -2308,7 +2308,8 @@ def orthogonalize(matrix):
 Muon = muon_with(look_ahead=False)
 
 
-# --- Muon: the average is missing: the step follows the last gradient alone.
+# --- Muon: the average is missing, or it is not kept from step to step (in self.state[p]): the step follows the last
+# gradient alone.
 Muon = muon_with(momentum=0.0)
 
 
@@ -2352,7 +2353,8 @@ class Muon(muon_with()):
                     p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
-# --- Muon: the average is not kept: self.state[p]["average"] must hold the new one.
+# --- Muon: the average is missing, or it is not kept from step to step (in self.state[p]): the step follows the last
+# gradient alone.
 Muon = muon_with(old=lambda state, p: torch.zeros_like(p))
 
 
@@ -2439,23 +2441,6 @@ class Muon(muon_with()):
                     self.state[p]["average"] = average
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.sub_(0.2 * max(p.shape) ** 0.5 * orthogonalize(p.grad.lerp(average, 0.95)))
-
-
-# --- Muon: there is one average for all matrices: each needs its own, in self.state[p].
-class Muon(muon_with()):
-    average = None
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    if self.average is None or self.average.shape != p.shape:
-                        self.average = torch.zeros_like(p)
-                    self.average = self.average.lerp(p.grad, 0.05)
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    update = orthogonalize(p.grad.lerp(self.average, 0.95))
-                    p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 # --- Muon: there is one average for all matrices: each needs its own, in self.state[p].
@@ -3289,11 +3274,11 @@ generate = generate_with(draw=lambda p: int(torch.multinomial((p > 0).float(), 1
 generate = generate_with(start=lambda ids: ids)
 
 
-# --- generate: the prompt is yielded, too, and all at the end: yield each new token as soon as it is drawn.
+# --- generate: the prompt is yielded, too: yield each new token as soon as it is drawn, and only those.
 generate = generate_with(late=True)
 
 
-# --- generate: the prompt is yielded, too: yield only new tokens.
+# --- generate: the prompt is yielded, too: yield each new token as soon as it is drawn, and only those.
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
     yield from ids
     yield from generate_with()(model, ids, max_new_tokens, temperature, top_k, top_p)

@@ -3,7 +3,9 @@
 Needs no torch: exercise.py and grade.py read it."""
 
 import ast
+import difflib
 import functools
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +26,8 @@ class Piece:
     expects: str
     hints: str = ""
     parts: tuple = ()
-    lesson: str = ""  # the script whose grader and mistakes are used, too, if it is another one
+    lesson: str = ""  # another script, whose mistakes are known here, too
+    changed: bool = False  # whether it differs from the piece of that script
 
     @property
     def owner(self):
@@ -36,6 +39,17 @@ class Piece:
 def read_original(script):
     """Return the text of a script."""
     return (ROOT / f"{script}.py").read_text(encoding="utf-8")
+
+
+@functools.cache
+def parse_original(script):
+    """Return the tree of a script. Do not change it."""
+    return ast.parse(read_original(script))
+
+
+def original_functions(script):
+    """Return the functions of a script, see `functions`."""
+    return functions(parse_original(script))
 
 
 def functions(tree):
@@ -78,13 +92,38 @@ def parts_of(script, piece):
     """Return the names of the functions that a piece leaves to write, in the order of the file."""
     if piece.parts:
         return list(piece.parts)
-    names = functions(ast.parse(read_original(script)))
+    names = original_functions(script)
     return [name for name in names if name == piece.name or name.startswith(f"{piece.name}.")]
 
 
 def find_piece(script, name):
     """Return the piece of this name. KeyError: there is none."""
     return {piece.name: piece for piece in PIECES[script]}[name]
+
+
+def nearest(name, known):
+    """Return the end of a sentence about a name that does not exist."""
+    lower = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
+    return f". Did you mean {lower[close[0]]}?" if close else f". There are {', '.join(known)}"
+
+
+# The first line of an exercise says what is left to write.
+HEADER = re.compile(r"^# Exercise of (\w+)\.py\. Yours to write: (.*?)\.\r?\n", re.MULTILINE)
+
+
+def read_header(source):
+    """Return (the script, the names of the pieces) of an exercise, or (None, [])."""
+    match = HEADER.search(source)
+    return (match[1], match[2].split(", ")) if match else (None, [])
+
+
+def write_header(source, script, names):
+    """Return the source of an exercise with another first line."""
+    line = f"# Exercise of {script}.py. Yours to write: {', '.join(names)}.\n"
+    if HEADER.search(source):
+        return HEADER.sub(lambda match: line, source, count=1)
+    return line + source
 
 
 # --- char_gpt.py ----------------------------------------------------------------------------------
@@ -185,30 +224,6 @@ CHAR = [
         """,
     ),
     Piece(
-        "orthogonalize",
-        "divide by the norm, then five rounds",
-        "orthogonalize(matrix) returns a new matrix of the same shape",
-        """
-        x = matrix / its norm; five times x = 3.4445 x - 4.775 x xᵀ x + 2.0315 x xᵀ x xᵀ x. If the
-        matrix has more rows than columns, work on its transpose. The argument must not change.
-        """,
-    ),
-    Piece(
-        "Muon",
-        "average, look ahead, orthogonalize, decay, step",
-        "optimizer.step() changes every matrix that has a gradient, and returns nothing",
-        """
-        For every matrix p of every group in self.param_groups, unless p.grad is None, in this
-        order. self.state[p] is a dict, empty at first: it keeps the average of this matrix.
-        1. average = 0.95 · average + 0.05 · p.grad; the average starts at 0.
-        2. look ahead: update = orthogonalize(0.95 · average + 0.05 · p.grad), the new average.
-        3. p = p · (1 - group["lr"] · group["weight_decay"])
-        4. p = p - group["lr"] · 0.2 · √(the larger number of rows or columns) · update
-        Change p in place (p.mul_, p.sub_), without gradients. p.grad stays as it is.
-        """,
-        parts=("Muon.step",),
-    ),
-    Piece(
         "make_optimizers",
         "Muon for the matrices of the blocks, AdamW for the rest",
         "make_optimizers(model) returns a list of optimizers",
@@ -280,15 +295,39 @@ CHAR = [
         no gradients.
         """,
     ),
+    Piece(
+        "Muon",
+        "average, look ahead, orthogonalize, decay, step",
+        "optimizer.step() changes every matrix that has a gradient, and returns nothing",
+        """
+        For every matrix p of every group in self.param_groups, unless p.grad is None, in this
+        order. self.state[p] is a dict, empty at first: it keeps the average of this matrix.
+        1. average = 0.95 · average + 0.05 · p.grad; the average starts at 0.
+        2. look ahead: update = orthogonalize(0.95 · average + 0.05 · p.grad), the new average.
+        3. p = p · (1 - group["lr"] · group["weight_decay"])
+        4. p = p - group["lr"] · 0.2 · √(the larger number of rows or columns) · update
+        Change p in place (p.mul_, p.sub_), without gradients. p.grad stays as it is.
+        """,
+        parts=("Muon.step",),
+    ),
+    Piece(
+        "orthogonalize",
+        "divide by the norm, then five rounds",
+        "orthogonalize(matrix) returns a new matrix of the same shape",
+        """
+        x = matrix / its norm; five times x = 3.4445 x - 4.775 x xᵀ x + 2.0315 x xᵀ x xᵀ x. If the
+        matrix has more rows than columns, work on its transpose. The argument must not change.
+        """,
+    ),
 ]
 
 
 def shared(name, **changes):
-    """Return a piece of char_gpt.py for another script; its grader and its mistakes are the same.
+    """Return a piece of char_gpt.py for another script.
 
     `changes` are what the other script says differently."""
     (piece,) = (piece for piece in CHAR if piece.name == name)
-    return replace(piece, lesson="char_gpt", **changes)
+    return replace(piece, lesson="char_gpt", changed=bool(changes), **changes)
 
 
 PIECES = {"char_gpt": CHAR}

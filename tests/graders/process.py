@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 SECONDS = 10  # a piece that takes longer is stopped
 START_SECONDS = 120  # to import torch
@@ -17,7 +18,8 @@ MEMORY = 4 * 2**30  # bytes that a piece may add to what Python and torch need
 
 method = "spawn" if sys.platform == "win32" else "forkserver"
 PROCESSES = multiprocessing.get_context(method)
-PRELOAD = ["__main__", "graders.student", "requests", "tiktoken", "matplotlib.figure"]
+PRELOAD = ["__main__", "torch", "graders.student", "requests", "tiktoken", "matplotlib.figure"]
+TESTS = Path(__file__).resolve().parent.parent
 
 
 def start_server():
@@ -27,6 +29,8 @@ def start_server():
 
         PROCESSES.set_forkserver_preload(PRELOAD)
         os.environ["OMP_NUM_THREADS"] = "1"
+        paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for the server
         forkserver.ensure_running()
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from graders.pieces import PIECES, ROOT, SCRIPTS, all_statements, find_piece
-from graders.pieces import functions, is_stub, parts_of, read_original
+from graders.pieces import functions, is_stub, original_functions, parse_original, parts_of
+from graders.pieces import read_original
 
 # What differs in two messages of the same error: addresses, and what depends on random numbers.
 ERASED = re.compile(r"0x[0-9a-f]+|index \d+|at entry \d+|got \[\d+\]")
@@ -204,9 +205,8 @@ def load_original(script):
 
 @functools.cache
 def original_statements(script):
-    """Return (the statements of a script as text, its functions)."""
-    tree = ast.parse(read_original(script))
-    return {ast.dump(statement) for statement in tree.body}, functions(tree)
+    """Return the statements of a script, as text."""
+    return {ast.dump(statement) for statement in parse_original(script).body}
 
 
 def names_bound(statement):
@@ -249,7 +249,7 @@ def needed_statements(script, piece, tree):
     """Return the statements of a student's file that the piece needs: itself, its helpers, imports.
 
     Other pieces are those of the original."""
-    originals, _ = original_statements(script)
+    originals = original_statements(script)
     others = {other.owner for other in PIECES[script]} - {piece.owner}
     candidates = [statement for statement in tree.body if is_harmless(statement)]
     wanted, chosen = {piece.owner}, []
@@ -265,14 +265,14 @@ def needed_statements(script, piece, tree):
 
 def bases_of(script, name):
     """Return what a class of the script is built on."""
-    tree = ast.parse(read_original(script))
+    tree = parse_original(script)
     classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
     return [ast.dump(base) for node in classes for base in node.bases]
 
 
 def complete_class(script, piece, node):
     """Put our methods into a student's class for those that are missing or not yet written."""
-    _, ours = original_statements(script)
+    ours = original_functions(script)
     asked = parts_of(script, piece)
     if [ast.dump(base) for base in node.bases] != bases_of(script, node.name):
         return  # built on another class: it may have them from there

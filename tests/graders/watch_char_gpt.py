@@ -302,7 +302,7 @@ def watch_muon(gpt):
     for group in optimizer.param_groups:
         group["lr"] = 0.5
     for step in range(4):
-        gradients = [3**step * numbers(*s, seed=10 * step + i) for i, s in enumerate(shapes)]
+        gradients = [numbers(*s, seed=10 * step + i) for i, s in enumerate(shapes)]
         for p, gradient in zip(matrices, gradients, strict=True):
             p.grad = gradient.clone()
         optimizer.step()
@@ -508,7 +508,7 @@ def watch_next_token_probabilities(gpt):
 
 def watch_generate(gpt):
     V, T = 30, 4
-    gpt.BLOCK_SIZE, gpt.TEMPERATURE, gpt.TOP_K, gpt.TOP_P = 9, 5.0, 1, None
+    gpt.BLOCK_SIZE, gpt.TEMPERATURE, gpt.TOP_K, gpt.TOP_P = 9, 5.0, 3, None
     ids = [3, 7, 8, 20, 21, 22]
     prompt = list(ids)
     follow = torch.roll(torch.arange(V), 11)  # the next token of i is follow[i]
@@ -529,14 +529,14 @@ def watch_generate(gpt):
 
 
 def watch_draws(gpt):
-    """Draw from a model that gives 0, 1, 2, 3 the probabilities 0.1, 0.2, 0.3, 0.4 everywhere."""
-    model = Table(torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(4, 4))
+    """Draw from a model that gives 0, 1, 2, 3 the probabilities 0.05, 0.15, 0.2, 0.6 everywhere."""
+    model = Table(torch.tensor([0.05, 0.15, 0.2, 0.6]).log().expand(4, 4))
     torch.manual_seed(5)
-    options = [{}, {"temperature": 0.25}, {"top_k": 2}, {"top_p": 0.6}, {"temperature": 0}]
+    options = [{}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.7}, {"temperature": 0}]
     for option in options:
-        tokens = [int(token) for token in gpt.generate(model, [0], 500, **option)]
+        tokens = [int(token) for token in gpt.generate(model, [0], 400, **option)]
         words = ", ".join(f"{name} = {value}" for name, value in option.items())
-        yield f"500 tokens drawn with {words or 'no options'}", Sample(tokens)
+        yield f"400 tokens drawn with {words or 'no options'}", Sample(tokens)
 
 
 WATCH = {
