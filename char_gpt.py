@@ -794,7 +794,7 @@ def load_run(path, device, mmap=False):
         reason = reason.partition(". ")[0][:150]
         kinds = "does not fit this script (edited since?), is of another script, or damaged"
         raise UserError(f"{path} {kinds}: {reason}") from error
-    return run, model.to(device), tokenizer
+    return run, model.to(device).eval(), tokenizer
 
 
 def summary(run):

@@ -1,6 +1,53 @@
 """GPT-2 in one file: it takes OpenAI's weights, or random ones, and trains them on any text.
 
-@HEADER@
+Read char_gpt.py first. Most of it stands here again, so that this file can be used alone. In 2019,
+OpenAI trained GPT-2 on 40 GB of text from the web. Fine-tuning trains these weights further, on a
+small text of another kind. It needs few steps: they know English already. What is new, in order:
+- Tokenizer: tokens are pieces of words (byte pairs). input.txt has 338,025 of them, each of 3.3
+  characters on average. So 1,024 tokens of context are 3.3 times as much text as 1,024 characters.
+- load_tokens: the text is encoded once, into a file, and read where it is used.
+- Head: the same attention, in one function of PyTorch that never stores all scores
+- Cache: the keys and values of earlier tokens are kept (KV cache), so generation computes new ones
+- FeedForward: gelu in place of relu. LM: the output layer is the table of token embeddings.
+- openai_name, load_pretrained: OpenAI's weights, renamed, fit into LM
+- make_optimizers: AdamW alone. Muon's products would take longer than the rest of a CPU's step.
+- train_step: the gradients of several small batches are added up (gradient accumulation)
+- join_processes: several processes, each with a GPU, share a step
+- bits_per_character: what compares with char_gpt.py, whose tokens are shorter
+- for_generation: weights of 16 bits. stream: a character can have several tokens.
+
+    python gpt2.py                                  fine-tune OpenAI's weights, continue PROMPT
+    python gpt2.py --sample --prompt "To be"        no training: continue with the newest run
+    python gpt2.py --sample --init pretrained       no training: continue with OpenAI's weights
+    python gpt2.py --init scratch --data my.txt     train random weights on a text; -h: all flags
+    python gpt2.py --runs                           list what was trained in this folder
+    python gpt2.py --resume --max-iters 200         train the newest run further
+    torchrun --nproc_per_node=2 gpt2.py             train with two processes, on two GPUs
+
+@MEASURED@ OpenAI's weights (548 MB, fetched once) were not at hand, so no loss of
+fine-tuning is given here. A run's file has 2.0 GB: the last parameters and the best ones, 0.5 GB
+each, and AdamW's averages, 1 GB. Saving needs twice the space for a moment.
+
+A GPU needs about 5.2 GB, by arithmetic. Parameters, gradients, AdamW's averages and the best
+parameters are five times 0.5 GB, a copy in bfloat16 0.25 GB. Each of the BATCH_SIZE = 2 windows of
+1,024 tokens adds 0.55 GB for the blocks, and 0.7 GB for logits and their gradients. On a CPU, a
+resumed run ends with the same bits as an unbroken one. On a GPU, it does not quite: attention adds
+up its gradients in an order that varies.
+
+Three lengths: the model can see BLOCK_SIZE = 1,024 tokens. Training uses windows of WINDOW tokens,
+on a CPU 256, as long ones take longer. From scratch, positions beyond WINDOW would stay random, so
+there the model can see WINDOW tokens only. Evaluations use all that it can see. So after
+fine-tuning on a CPU, the estimated loss is of longer windows than the loss of a step.
+
+PyTorch supplies tensors (arrays of numbers), and more that is explained below. Letters of shapes:
+    B   batch: pieces of text processed in parallel   H   heads per block
+    T   time: tokens in one piece                     hs  head size, C / H
+    C   channels: numbers that represent one token    V   vocabulary: number of different tokens
+    N   tokens of a whole text                        S   T, and with a Cache the tokens before
+
+Papers: Radford et al. 2018 (GPT), Improving Language Understanding by Generative Pre-Training;
+Radford et al. 2019 (GPT-2), Language Models are Unsupervised Multitask Learners; Brown et al. 2020
+(GPT-3), arXiv 2005.14165.
 """
 
 # SPDX-License-Identifier: MIT
@@ -29,24 +76,20 @@ from pathlib import Path
 import requests
 import tiktoken
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 # --- 1. Hyperparameters: edit them, and run again. Each is explained where it is used. ------------
 NAME = "gpt2"  # a run is a file: NAME-1.pt, the next one NAME-2.pt
-# Where a line has an else, its first value is for a CUDA GPU that computes in bfloat16.
+# Where a line has an else, its first value is for a GPU of NVIDIA that computes in bfloat16
+# (numbers of 16 bits). They are estimates: no GPU was at hand to try them (tests/RESULTS.md).
 FAST_GPU = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 SEED = 1337  # where all random numbers start, 0 to 2**32 - 1; another one gives another model
-# If torchrun has started this process, it says how many there are, and which this is, from 0.
-N_RANKS = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-RANK = int(os.environ["RANK"]) if N_RANKS > 1 else 0
 # Data
 DATA = "input.txt"  # any UTF-8 text; this one is in the repository, or is downloaded
 DATA_URL = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
 DATA_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TRAIN_SHARE = 0.9  # the first 90% of the text is for training, the rest for measuring
-MAX_VAL_TOKENS = 1_000_000 if FAST_GPU else 50_000  # at most so many tokens of the rest
 # Model
 INIT = "pretrained"  # begin with OpenAI's weights; "scratch": with random ones
 MODEL = "gpt2"  # which weights of OpenAI's: a name of SIZES; larger: better, and slower
@@ -63,7 +106,7 @@ N_EMBED = None  # C; None: as MODEL has it; twice as many take up to 4 times as 
 N_LAYERS = None  # blocks; None: as MODEL has it; more: better, and slower
 N_HEADS = None  # H; None: as MODEL has it; must divide N_EMBED; a head size of 64 is usual
 QKV_BIAS = True  # biases on q, k and v: OpenAI's weights have them, most newer models do not
-DROPOUT = 0.1  # share of numbers set to 0 (see FeedForward)
+DROPOUT = 0.1  # share of numbers set to 0 (see FeedForward); 0.1 as in GPT-2
 # Optimization
 BATCH_SIZE = 2  # B, windows at a time; more: faster, as long as the memory lasts
 TOKENS_PER_STEP = 32_768 if FAST_GPU else 1024  # more: a more exact gradient, and a slower step
@@ -72,23 +115,27 @@ LEARNING_RATE = 5e-5  # the peak from OpenAI's weights; too high: they forget; t
 SCRATCH_LEARNING_RATE = 6e-4  # the peak from scratch, as in GPT-3 for this size
 FINAL_LR = 0.0  # share of the peak that is left at the end; 1: it never falls
 WARMUP_ITERS = 100  # steps until the peak
-BETAS = (0.9, 0.95)  # AdamW averages about 1 / (1 - beta) steps: 10 gradients, 20 squares of them
-WEIGHT_DECAY = 0.1  # pulls matrices towards zero; more: less overfitting
+BETAS = (0.9, 0.95)  # AdamW averages about 1 / (1 - beta) steps: 10 gradients, 20 squares; as GPT-3
+WEIGHT_DECAY = 0.1  # pulls matrices towards zero; more: less overfitting; 0.1 as in GPT-3
 GRADIENT_CLIP = 1.0  # a longer gradient is cut to this length; None: never
 COMPILE = FAST_GPU  # let torch.compile make a faster program of the model; it takes a minute
 EVAL_INTERVAL = 50  # steps between two evaluations, which also save the run
 EVAL_ITERS = 10 if FAST_GPU else 2  # pieces of 4,096 tokens in an evaluation; more: more exact
+MAX_VAL_TOKENS = 1_000_000 if FAST_GPU else 50_000  # of a longer text, measuring uses so many
 # Generation
 PROMPT = "ROMEO:"  # the text to continue
-SAMPLE_TOKENS = 200  # length of the continuation, in tokens
+SAMPLE_TOKENS = 500  # length of the continuation, in tokens
 TEMPERATURE = 0.8  # 0: always the most likely token; 1: the model's own probabilities
-TOP_K = 50  # draw among this many most likely tokens only; None: among all
+TOP_K = 50  # draw among this many most likely tokens; None: among all, most of which do not fit
 TOP_P = None  # draw among the most likely tokens that have this probability together; None: all
 HALF_WEIGHTS = True  # write with 16 bits per weight: faster, and precise to 3 digits
 # OpenAI's weights
 WEIGHTS_URL = "https://huggingface.co/openai-community/{}/resolve/{}/model.safetensors"
 REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # of gpt2
 WEIGHTS_SHA256 = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
+# Processes that torchrun has started (see join_processes): how many, and which is this, from 0.
+N_RANKS = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+RANK = int(os.environ["RANK"]) if N_RANKS > 1 else 0
 # Where the tensors are: the fastest device that is there
 if torch.cuda.is_available():
     DEVICE = "cuda"
@@ -99,8 +146,8 @@ else:
 
 
 # --- 2. Data and tokenizer ------------------------------------------------------------------------
-# check(condition, message), defined at the end of this file, stops with the message unless the
-# condition holds.
+# check(condition, message), defined at the end of this file, raises a UserError with the message
+# unless the condition holds. The script then ends with this message.
 
 
 class Tokenizer:
@@ -156,11 +203,11 @@ class Tokenizer:
 def load_tokens(path, tokenizer):
     """Return the ids of a UTF-8 text, (N,), int32. They are in a file, not in memory.
 
-    The first time, encode_text (behind the lesson) writes them into this folder's NAME.gpt2.bin,
-    NAME being the name of the text. Then the file is mapped: it looks like a tensor, and the system
-    reads the parts that are used. So the text can be larger than the memory. An id has 4 bytes and
-    is about 3.3 characters: the file is a little larger than the text. Its first 64 bytes say of
-    which version of the text it is."""
+    The first time, encode_text (behind the lesson) writes them into a file in this folder, for
+    input.txt into input.txt.gpt2.bin. Then the file is mapped: it looks like a tensor, and the
+    system reads the parts that are used. So the text can be larger than the memory. An id has 4
+    bytes, for 3.3 characters on average: the file is a little larger than the text. Its first 64
+    bytes say of which version of the text it is."""
     check(os.access(path, os.R_OK), f"cannot read {path}")
     version = f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns}".encode().ljust(64)
     kept = Path(f"{path.name}.gpt2.bin")
@@ -197,7 +244,7 @@ def get_batch(tokens, batch_size, block_size, device):
     check(len(tokens) > block_size, f"{len(tokens)} tokens: a window and its targets need more")
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1))  # from 0 to N - T - 1
     # (B, 1) + (T + 1,) -> (B, T + 1): each start + 0, 1, ..., T. Indexing picks the tokens there.
-    windows = tokens[starts + torch.arange(block_size + 1)].long().to(device)
+    windows = tokens[starts + torch.arange(block_size + 1)].long().to(device)  # long: int64
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -211,13 +258,15 @@ def get_batch(tokens, batch_size, block_size, device):
 #   number i, it returns row i.
 # - A module is an object that holds layers and other modules. The classes below are modules. One
 #   calls a module like a function: module(x) runs its method `forward`.
+# - Training needs the gradient. PyTorch remembers how the loss was computed, step by step. From the
+#   loss it goes back to the first layer, and multiplies the derivatives on its way (the chain
+#   rule). Where a derivative is almost 0, the layers before it, nearer the input, hardly learn.
 # - Softmax turns numbers into probabilities: p_i = exp(x_i) / (sum of exp(x_j) over all j). The
 #   numbers 2, 1, 0 become 0.67, 0.24, 0.09: all positive, with sum 1. Adding the same number to all
 #   of them changes nothing. Numbers that will go into a softmax are called logits, or scores.
 #
 # The whole model, from top to bottom, with the parameters of GPT-2: V = 50,257, C = 768, 12 blocks.
 # A * marks parameters, and how many there are.
-#
 #   token ids (B, T)
 #   LM * token_embedding, 50,257 × 768                                          38,597,376
 #      * position_embedding, 1,024 × 768                                           786,432
@@ -228,7 +277,6 @@ def get_batch(tokens, batch_size, block_size, device):
 #   LM * ln_f, 768 + 768                                                             1,536
 #        lm_head: the numbers of token_embedding once more (see tie_weights)             0
 #   logits (B, T, V)
-#
 # These are 124,439,808. From scratch on a CPU, the table of positions has WINDOW = 256 rows, and
 # the model has 123,849,984.
 
@@ -238,8 +286,9 @@ class Head(nn.Module):
 
     Linear layers (in MultiHead) give every position a query q (what it looks for), a key k (what it
     offers) and a value v (what it hands over), of hs numbers each. The score of two positions is
-    q · k / √hs: large if the key fits. Softmax turns a row of scores into weights, and the
-    result is the average of the values with these weights. Three tokens, B = H = hs = 1:
+    q · k / √hs: large if q and k point the same way. Softmax turns a row of scores into weights.
+    The result is the average of the values with these weights. (kᵀ is k with its rows and columns
+    exchanged.) Three tokens, with B = H = hs = 1:
 
               scores, masked         weights            result
                k=2   k=0   k=1    v=10  v=20  v=30
@@ -316,13 +365,13 @@ class MultiHead(nn.Module):
     One head gives each position one average. H heads give H averages, of C / H numbers each: one
     head can look at the last few tokens, while another looks for a name further back."""
 
-    def __init__(self, n_embed, n_heads, dropout, qkv_bias):
+    def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
         check(n_embed % n_heads == 0, f"N_HEADS = {n_heads} does not divide N_EMBED = {n_embed}")
         self.n_heads = n_heads
-        # Three layers in one matrix: x W + b gives q, k and v of all heads, 3 C numbers. Newer
-        # models have no b here (measured: see "Try this").
-        self.qkv = nn.Linear(n_embed, 3 * n_embed, bias=qkv_bias)
+        # Three layers in one matrix: x W + b gives q, k and v of all heads, 3 C numbers. GPT-2 has
+        # a bias b here, most newer models have none.
+        self.qkv = nn.Linear(n_embed, 3 * n_embed)
         self.head = Head()
         self.projection = nn.Linear(n_embed, n_embed)
         self.dropout = nn.Dropout(dropout)
@@ -332,6 +381,7 @@ class MultiHead(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).split(C, dim=-1)  # (B, T, C) @ (C, 3C) -> (B, T, 3C) -> three (B, T, C)
         # (B, T, C) -> (B, T, H, hs) -> (B, H, T, hs): matrix products use the last two dimensions.
+        # In view, -1 is the size that is left over: hs.
         q, k, v = (part.view(B, T, self.n_heads, -1).transpose(1, 2) for part in qkv)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, T, hs) -> (B, H, S, hs)
@@ -341,11 +391,13 @@ class MultiHead(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers for each position on its own. Between them are 4 C numbers (also section 3.3).
+    """Two layers for each position on its own (Vaswani et al. 2017, section 3.3).
 
-    Attention averages what there is; this computes something new from it. In training, dropout sets
-    a random part of the numbers to 0, so that the model cannot rely on single ones: less
-    overfitting."""
+    Attention averages what there is; this computes something new from it. Each of the 4 C numbers
+    between the two layers can detect one pattern in x: it is above 0 if x has it. The 4 is theirs.
+
+    In training, dropout sets a random part of the numbers to 0, and multiplies the others so that
+    sums keep their size. The model cannot rely on single numbers: less overfitting."""
 
     def __init__(self, n_embed, dropout):
         super().__init__()
@@ -366,18 +418,19 @@ class Block(nn.Module):
 
     These sums are residual connections (He et al. 2015, arXiv 1512.03385). The derivative of
     x + f(x) is 1 + f'(x). The chain rule multiplies the derivatives of all blocks: thanks to the 1,
-    the gradient reaches the first block. Products of small f' alone would make it vanish.
+    the gradient reaches the first block. Products of small f' alone would make it vanish: with 0.1
+    in each of 4 blocks, 0.0001 of it would be left.
 
     LayerNorm shifts and scales the C numbers of each position to mean 0 and standard deviation 1.
     Then it multiplies each channel by a learned number, and adds a learned one. So attention and
-    feed-forward get numbers of a steady size, however large the sum x has grown. LayerNorm is
-    applied inside f, not to the sum, so the derivative keeps its 1 (Xiong et al. 2020, arXiv
-    2002.04745)."""
+    feed-forward get numbers of a steady size, however large the sum x has grown. In a block,
+    LayerNorm is applied inside f, not to the sum, so the derivative keeps its 1 (Xiong et al. 2020,
+    arXiv 2002.04745)."""
 
-    def __init__(self, n_embed, n_heads, dropout, qkv_bias):
+    def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
         self.ln1 = nn.LayerNorm(n_embed)
-        self.attention = MultiHead(n_embed, n_heads, dropout, qkv_bias)
+        self.attention = MultiHead(n_embed, n_heads, dropout)
         self.ln2 = nn.LayerNorm(n_embed)
         self.feed_forward = FeedForward(n_embed, dropout)
 
@@ -395,21 +448,19 @@ class LM(nn.Module):
     def __init__(self, vocab_size, block_size, n_embed, n_heads, n_layers, dropout, qkv_bias=True):
         super().__init__()
         self.config = dict(vocab_size=vocab_size, block_size=block_size, n_embed=n_embed,
-                           n_heads=n_heads, n_layers=n_layers, dropout=dropout,
-                           qkv_bias=qkv_bias)  # fmt: skip
+                           n_heads=n_heads, n_layers=n_layers, dropout=dropout)  # fmt: skip
         self.block_size = block_size
         self.token_embedding = nn.Embedding(vocab_size, n_embed)  # one row per token
         self.position_embedding = nn.Embedding(block_size, n_embed)  # one row per position
         self.dropout = nn.Dropout(dropout)
-        blocks = [Block(n_embed, n_heads, dropout, qkv_bias) for _ in range(n_layers)]
-        self.blocks = nn.ModuleList(blocks)
+        blocks = [Block(n_embed, n_heads, dropout) for _ in range(n_layers)]
+        self.blocks = nn.Sequential(*blocks)  # calls one after the other
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = nn.Linear(n_embed, vocab_size, bias=False)  # no bias, as in GPT-2
-        self.tie_weights()
         # Small parameters make small logits, so nearly equal probabilities: the loss starts just
         # above ln V, as the small differences are random. Each block adds two results to its input.
-        # A sum of n results of random sign is about √n times as large as one of them. Here n is
-        # 2 · n_layers. The layer that makes a result starts smaller by √n: the sum does not grow.
+        # A sum of n results of random sign is about √n times as large as one of them; here n is
+        # 2 · n_layers. So the layers that make these results start with numbers smaller by √n.
         for name, p in self.named_parameters():
             if name.endswith(("projection.weight", "shrink.weight")):
                 nn.init.normal_(p, std=0.02 / (2 * n_layers) ** 0.5)  # Radford et al. 2019
@@ -417,6 +468,11 @@ class LM(nn.Module):
                 nn.init.normal_(p, std=0.02)  # 0.02: Radford et al. 2018
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        self.tie_weights()
+        self.config["qkv_bias"] = qkv_bias
+        if not qkv_bias:
+            for block in self.blocks:
+                block.attention.qkv.bias = None
 
     def tie_weights(self):
         """Let one matrix be the token embedding and the output layer.
@@ -430,15 +486,19 @@ class LM(nn.Module):
     def forward(self, idx, targets=None, caches=None):
         """Return the logits (B, T, V) for idx (B, T), and the loss for targets (B, T), or None.
 
+        The loss is the mean of -ln(softmax(logits)[target]) in nats. Targets of -100 are no tokens,
+        and do not count (see estimate_loss).
+
         `caches` has one Cache for each block; idx are the tokens that are not in them yet. With
-        caches, only the last position gets logits, (B, 1, V): the others predict known tokens.
-        The loss is the mean of -ln(softmax(logits)[target]) in nats; it skips targets of -100."""
+        caches, only the last position gets logits, (B, 1, V): the others predict known tokens."""
         past = caches[0].length if caches else 0
         end = past + idx.shape[1]
         T = self.block_size
         check(past < end <= T, f"{end} tokens: the model can see 1 to block_size = {T}")
-        # autocast: products in bfloat16 (8 bits of precision, not 24), twice as fast in hardware.
-        # It converts the weights in each call. For a single token, that takes longer than it saves.
+        # autocast: matrix products in bfloat16, numbers of 16 bits, 8 of them for precision. They
+        # are twice as fast if the hardware has them: has_bfloat16, at the end of this file, says
+        # so. All else stays in float32 (32 bits, 24 for precision). The weights are converted in
+        # each call. For a single token, this takes longer than it saves.
         enabled = has_bfloat16(idx.device) and not caches
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=enabled):
             # An average does not depend on the order of its terms: attention alone would make the
@@ -449,7 +509,7 @@ class LM(nn.Module):
             for i, block in enumerate(self.blocks):
                 x = block(x, caches[i] if caches else None)
             x = self.ln_f(x[:, -1:] if caches else x)
-            logits = self.lm_head(x).float()  # (B, T, C) @ (C, V) -> (B, T, V)
+            logits = self.lm_head(x).float()  # (B, T, C) @ (C, V) -> (B, T, V), back in float32
         # cross_entropy contains the softmax. It takes (B·T, V) and (B·T,).
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
@@ -490,7 +550,7 @@ def openai_name(name):
 def is_turned(name, tensor):
     """Return whether OpenAI has the transpose of what nn.Linear has, by OpenAI's name.
 
-    OpenAI stored W of x W. nn.Linear stores its transpose. The blocks have such matrices, c_*."""
+    OpenAI stored the W of x W + b, nn.Linear stores Wᵀ. This concerns the blocks' layers, c_*."""
     return ".c_" in name and tensor.dim() == 2
 
 
@@ -514,20 +574,21 @@ def load_pretrained(path, **sizes):
 
 
 # --- 4. Training ----------------------------------------------------------------------------------
-@torch.no_grad()  # do not remember how results were computed: it takes time and memory
+@torch.no_grad()  # PyTorch need not remember how results were computed: it costs memory
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
-    """Return {"loss": nats per token}, the mean over all tokens (N,) but the first.
+    """Return {"loss": nats per token}, the mean over all tokens (N,), except the first.
 
     The tokens are cut into windows side by side, so each is a target once. With `eval_iters`, at
-    most that many batches are used, evenly spread. No random number is drawn."""
+    most that many batches are used, evenly spread. No random number is drawn. During training,
+    evaluate (end of this file) calls it for both splits, with batches of 4,096 tokens."""
     model.eval()  # switches dropout off: the whole model is measured
     T = model.block_size
     device = next(model.parameters()).device
     n_windows = (len(tokens) + T - 2) // T  # N - 1 targets, T to a window, rounded up
     n_used = n_windows if eval_iters is None else min(n_windows, eval_iters * batch_size)
-    starts = torch.tensor([i * n_windows // n_used * T for i in range(n_used)])
+    starts = torch.tensor([(i * n_windows // n_used) * T for i in range(n_used)])
     total, count = 0.0, 0
-    for some in starts.split(batch_size):
+    for some in starts.split(int(batch_size)):
         places = some[:, None] + torch.arange(T + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
         ids = tokens[places.clamp(max=len(tokens) - 1)].long()
         # The last window may reach beyond the end. There are no targets: -100 is not counted.
@@ -542,31 +603,36 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
 def make_optimizers(model):
     """Return a list of optimizers, the rules that turn gradients into changes of the parameters.
 
-    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) averages the recent gradients g of a
-    parameter, and their squares, and moves it by -rate · mean(g) / √mean(g²). If g is always 0.001,
-    the quotient is 0.001 / 0.001 = 1. If g is always 100, it is 1 as well: small gradients move a
-    parameter as far as large ones. If g is 1 and -1 in turn, mean(g) is about 0, and it stays.
+    AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) keeps two averages for each parameter, of
+    its gradients g and of their squares. In each step, an average becomes beta · average +
+    (1 - beta) · new value. (They start at 0, which AdamW corrects.) The parameter is moved by
+    -rate · mean(g) / √mean(g²). If g is always 0.001, the quotient is 0.001 / 0.001 = 1. If g is
+    always 100, it is 1 as well: all parameters learn at the same speed. If g is 1 and -1 in turn,
+    mean(g) is about 0, and the parameter stays.
 
-    WEIGHT_DECAY also makes matrices a little smaller in each step. A small matrix turns a small
+    Before that, matrices are multiplied by 1 - rate · WEIGHT_DECAY. A small matrix turns a small
     difference of two inputs into a small difference of its results. To know single sentences by
-    heart takes large ones."""
+    heart, a model must react to small differences. (Biases and LayerNorm are not multiplied: they
+    shift and scale, and so hardly add such reactions.)"""
     params = list(model.parameters())
     decay = {"params": [p for p in params if p.dim() == 2], "weight_decay": WEIGHT_DECAY}
     no_decay = {"params": [p for p in params if p.dim() != 2], "weight_decay": 0.0}
+    # fused: one pass over all parameters, which is faster. train_step sets the rate.
     return [torch.optim.AdamW([decay, no_decay], betas=BETAS, fused=True)]
 
 
 def get_lr(step, max_iters, peak):
     """Return the learning rate of a step: a line up to the peak, then one down to FINAL_LR · peak.
 
-    It rises because the optimizers' first averages cover few gradients, and are noisy. It falls
+    It rises because the optimizers' first averages are of few gradients, and inexact. It falls
     because with large steps the parameters keep jumping around the minimum; small ones settle.
     With 100 steps and a peak of 1, the rates of steps 0, 9, 10 and 99 are:
 
     >>> [round(get_lr(step, 100, 1.0), 3) for step in (0, 9, 10, 99)]
     [0.1, 1.0, 0.989, 0.011]
 
-    More steps make a longer line: a run that is resumed with more begins at a higher rate again."""
+    More steps make a longer line. So a run that is resumed with more of them goes on with a higher
+    rate than it ended with."""
     warmup = max(1, min(WARMUP_ITERS, max_iters // 10))  # a short run has no time for more
     if step < warmup:
         return peak * ((step + 1) / warmup)
@@ -577,11 +643,12 @@ def get_lr(step, max_iters, peak):
 def join_processes(device):
     """Join the processes that torchrun has started, if any. Return the device of this one.
 
-    `torchrun --nproc_per_node=2 gpt2.py` starts the script twice, and tells each process the number
-    of processes and its own, RANK. Each one has the whole model, and takes every second window of a
-    step. Before the step, they exchange one thing: the gradients, which each replaces by their mean
-    (all_reduce). As all begin with the same weights and make the same step, the weights stay equal.
-    Only rank 0 prints, evaluates and writes files; meanwhile the others wait."""
+    `torchrun --nproc_per_node=2 gpt2.py` starts the script twice. It tells each process how many
+    there are, N_RANKS, and its own number, RANK. Each has the whole model. They draw the same
+    windows, and each takes its share: with two, every second one. When each has the gradient of its
+    share, all replace it by the mean: of 3 and 5, both get 4. (This is all_reduce.) They began with
+    the same parameters and make the same step, so their parameters stay equal. Their dropout draws
+    different numbers. Only rank 0 prints, evaluates and writes files; the others wait for it."""
     if N_RANKS == 1:
         return device
     if device.type == "cuda":  # each process has a GPU of its own
@@ -591,59 +658,61 @@ def join_processes(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"  # the library that they talk by
-    dist.init_process_group(backend, timeout=timedelta(days=1))
+    torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
     return device
 
 
 def average(tensor):
     """Replace a tensor by its mean over all processes."""
-    dist.all_reduce(tensor)  # now each has the sum
+    torch.distributed.all_reduce(tensor)  # now each has the sum
     tensor /= N_RANKS
 
 
 def train_step(model, optimizers, x, y, lr):
     """Change the parameters once, to lower the loss on x, y (B, T). Return the loss before it.
 
-    The plainest rule, with one parameter w = 2, loss w², gradient 2w = 4 and rate 0.1: w becomes
-    2 - 0.1 · 4 = 1.6, and the loss falls from 4 to 2.56.
-
     `backward` needs the results of every layer. Until then they stay in memory, which may be too
     small for all windows of a step. So BATCH_SIZE of them at a time go through the model: on a CPU,
-    in TOKENS_PER_STEP / (BATCH_SIZE · WINDOW) = 1024 / (2 · 256) = 2 batches. The gradient of a mean
+    TOKENS_PER_STEP / (BATCH_SIZE · WINDOW) = 1024 / (2 · 256) = 2 batches. The gradient of a mean
     is the mean of the gradients. If those of the two batches are 3 and 5, that of all windows is 4.
     But `backward` adds: 3 + 5 = 8, and a plain step would be twice as long. So each loss is first
     multiplied by its share, 1/2: 1.5 + 2.5 = 4. This is gradient accumulation."""
     model.train()  # switches dropout on
-    total = 0.0
+    loss = 0.0
     for xs, ys in zip(x.split(BATCH_SIZE), y.split(BATCH_SIZE), strict=True):
-        _, loss = model(xs, ys)
-        loss = loss * (len(xs) / len(x))  # the share of these windows in the mean of all
-        # PyTorch remembers how the loss was computed from the parameters, operation by operation.
-        # So backward can go back from the loss, and find d loss / d parameter for every parameter.
-        loss.backward()  # adds them to those of the batches before
-        total += loss.detach()  # the number alone, without what is remembered
+        _, part = model(xs, ys)
+        part = part * (len(xs) / len(x))  # its share
+        part.backward()  # computes d part / d parameter, and adds it to the gradient so far
+        loss = loss + part.detach()
     if N_RANKS > 1:
-        for tensor in [total, *(p.grad for p in model.parameters() if p.grad is not None)]:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        for tensor in [loss, *gradients]:
             average(tensor)
-    if GRADIENT_CLIP is not None:  # AdamW's averages know a sudden long gradient too late
+    if GRADIENT_CLIP is not None:
+        # The gradient is one long vector. If it is longer than GRADIENT_CLIP, it is scaled down to
+        # this length. A single long one would rule the averages of the next steps: 10 in AdamW.
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()  # changes the parameters, against the gradient
         optimizer.zero_grad()  # otherwise the next gradient would be added to this one
-    return total
+    return loss.detach()  # the number alone, without what is remembered
 
 
 def train(model, tokenizer, optimizers, splits, run):
     """Train up to step run["max_iters"]. Evaluate and save at every EVAL_INTERVAL steps.
 
-    The file of the run has the last parameters, and the best ones by validation loss. (Since that
-    text chooses them, its loss flatters them a little.) UserError: a loss is not finite."""
+    `run` is a dict with all that its file will hold, among them the seed, max_iters, the last saved
+    step, the history {step: losses}, the path of the file (None before the first save), and two
+    sets of parameters: the last ones, to go on with, and the best ones, which generate. The best
+    have the lowest validation loss. (Among several sets, that picks a lucky one: their true loss is
+    a little higher.) Functions behind the lesson print and save: evaluate, save_step,
+    show_progress. UserError: a loss is not finite."""
     device = next(model.parameters()).device
     peak = LEARNING_RATE if run["init"] == "pretrained" else SCRATCH_LEARNING_RATE
     compiled = compile_model(model) if COMPILE else model  # the same parameters, faster steps
-    start = time.perf_counter() - run["seconds"]  # as if earlier parts had just ended
+    start = time.perf_counter() - run["seconds"]  # a resumed run counts its earlier ones
     try:
         for step in range(run["step"], run["max_iters"] + 1):
             is_due = step % EVAL_INTERVAL == 0 or step == run["max_iters"]
@@ -652,8 +721,9 @@ def train(model, tokenizer, optimizers, splits, run):
                 if step > run["step"]:  # not at the beginning: nothing is learned yet
                     save_step(run, step, model, optimizers, time.perf_counter() - start)
             if step == run["max_iters"]:
-                break
-            torch.manual_seed(run["seed"] * 1_000_000 + step)  # same step, same random numbers
+                break  # this round was for the last evaluation
+            # The same step draws the same random numbers, in a run that was resumed as well.
+            torch.manual_seed(run["seed"] * 1_000_000 + step)
             x, y = get_batch(splits["train"], TOKENS_PER_STEP // WINDOW, WINDOW, device)
             if N_RANKS > 1:  # all have drawn the same windows: each takes its own share
                 x, y = x[RANK::N_RANKS], y[RANK::N_RANKS]
@@ -687,8 +757,9 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     >>> [round(next_token_probabilities(two, t)[0].item(), 2) for t in (0, 0.5, 1, 2)]
     [1.0, 0.88, 0.73, 0.62]
 
-    top_k keeps the k most likely tokens. top_p keeps the first of these until their share is p:
-    few where the model is sure, many where it is not (Holtzman et al. 2019, arXiv 1904.09751).
+    top_k keeps the k most likely tokens. top_p keeps the most likely ones until together they have
+    the probability p: few tokens where the model is sure, many where it is not (Holtzman et al.
+    2019, arXiv 1904.09751).
 
     >>> three = torch.tensor([0.5, 0.3, 0.2]).log()  # softmax gives 0.5, 0.3, 0.2
     >>> next_token_probabilities(three, top_k=2), next_token_probabilities(three, top_p=0.4)
@@ -698,7 +769,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     V = len(logits)
     logits = logits.float().cpu()  # on Apple's mps, draws were invalid
     if temperature == 0:
-        return F.one_hot(logits.argmax(), V).float()
+        return F.one_hot(logits.argmax(), V).float()  # 1 for the largest logit, 0 for all others
     # The largest logit becomes 0 first: the result is the same, and nothing can overflow.
     probabilities = F.softmax((logits - logits.max()) / temperature, dim=-1)
     if top_k is None and top_p is None:
@@ -706,7 +777,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     kept, ids = probabilities.topk(min(top_k or V, V))  # the most likely ones, in falling order
     if top_p is not None:
         before = kept.cumsum(0) - kept  # what the likelier tokens have together
-        kept = kept.masked_fill(before >= top_p * kept.sum(), 0)
+        kept = kept.masked_fill(before >= top_p * kept.sum(), 0)  # sum: what top_k has left
     return torch.zeros(V).scatter(0, ids, kept / kept.sum())  # each back to its own place
 
 
@@ -719,11 +790,13 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     dropped. The others move to positions 0, 1, ..., so their keys and values are computed again,
     and there is room for T / 2 more. To drop one token each time would compute all each time.
 
-    <|endoftext|> ends a document. What comes after it would be of another one: it is the last."""
+    <|endoftext|> ends a document, so it is the last token. What the model would write behind it
+    belongs to another document."""
     check(len(ids) > 0, "the prompt has no token: give some text to continue")
-    ids = [int(i) for i in ids][-model.block_size :]
+    ids = [int(i) for i in ids]
     device = next(model.parameters()).device
     model.eval()  # switches dropout off
+    ids = ids[-model.block_size :]
     new = ids  # the tokens that are not in the caches yet
     caches = [Cache(model.block_size) for _ in model.blocks]
     for _ in range(max_new_tokens):
@@ -745,7 +818,18 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 def for_generation(model):
     """Return a copy of the model that writes faster, or the model itself if there is none.
 
-    @HALF@"""
+    For one new token, each weight is read from memory and used in one product. The reading takes
+    longer than the computing, so it sets the time. (In training, a weight once read serves many
+    tokens.) Weights of 16 bits are half the bytes. There are two kinds:
+
+                    bits of precision    next number after 1    largest number
+        float32            24                 1.0000001             3e38
+        float16            11                 1.001                 65,504
+        bfloat16            8                 1.008                 3e38
+
+    All weights of GPT-2 are far below 65,504. On a CPU they become float16, and all else stays in
+    float32. (See HalfLinear, behind the lesson. It is a copy: the embedding is needed in float32
+    too.) On a GPU all becomes bfloat16, whatever its size. @HALF@"""
     device = next(model.parameters()).device
     if not HALF_WEIGHTS or device.type == "mps":
         return model
@@ -930,7 +1014,7 @@ def write_run(run):
     try:
         write_file(path, lambda part: torch.save(run | {"path": None}, part))
     finally:
-        if path.stat().st_size == 0:  # its first save failed
+        if path.exists() and path.stat().st_size == 0:  # its first save failed
             path.unlink()
     run["path"] = path
     try:
@@ -978,8 +1062,10 @@ def list_runs():
         except Exception as error:
             print(f"{path}  cannot be read: {error!r:.50}")
             continue
-        first = first or run["constants"]
-        changes = differences(run["constants"], first)
+        now = {"SEED": str(run["seed"]), "MAX_ITERS": str(run["max_iters"])}  # flags can set these
+        now = run["constants"] | now
+        first = first or now
+        changes = differences(now, first)
         edits = [f"{name} = {value}" for name, value in changes.items() if name != "code"]
         if "code" in changes and "code" in first:
             edits.append("code edited")
@@ -1152,9 +1238,9 @@ def encode_text(path, tokenizer, version, part):
 def read_pieces(file, n_characters):
     """Yield an open text in pieces. Encoded one by one, they give the ids of the whole text.
 
-    GPT-2's pattern lets a token begin with a space, but none has a space behind a visible
-    character. So a piece may end where a space or a new line follows a visible character. If there
-    is no such place, it ends with what was read, and a word may be cut: its ids may differ.
+    In a token of GPT-2, a space comes first, or alone, never after a visible character. So a piece
+    may end after a visible character that a space or a new line follows. If there is no such place,
+    it ends with what was read. Then a word may be cut, and its ids may differ.
 
     >>> import io
     >>> list(read_pieces(io.StringIO("It is time to go"), n_characters=12))
@@ -1188,23 +1274,34 @@ def compile_model(model):
 
 
 def with_half_layers(model):
-    """Return a copy of a model on a CPU whose layers have float16 weights, and sum in float32."""
-    try:  # a library of PyTorch's, which may go
-        from torch.ao.nn.quantized.dynamic import Linear as HalfLinear
-
-        HalfLinear(1, 1, dtype=torch.float16)
-    except (ImportError, RuntimeError) as error:
-        print(f"HALF_WEIGHTS = True does not work here, going on without it: {error!r:.100}")
-        return model
-    # What the second argument maps is shared with the model, not copied: all parameters.
+    """Return a copy of a model on a CPU whose layers have weights of 16 bits."""
+    # deepcopy does not copy what this dict has: all parameters are those of the model.
     quick = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for module in list(quick.modules()):
-        for name, child in list(module.named_children()):
+        for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                half = HalfLinear(1, 1, dtype=torch.float16)  # of any size: then it is replaced
-                half.set_weight_bias(child.weight.detach(), child.bias)
-                setattr(module, name, half)
+                setattr(module, name, HalfLinear(child))
     return quick
+
+
+class HalfLinear(nn.Module):
+    """The layer nn.Linear, with its matrix in float16.
+
+    Its results have 11 bits of precision. Logits of GPT-2 are often about -100, where this means
+    steps of 1/16: a probability can be off by 3%."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = linear.weight.detach().half()
+        self.bias = linear.bias
+
+    def forward(self, x):
+        """Compute x W + b of x (B, T, n): (B, T, m)."""
+        if x.shape[1] == 1:
+            y = F.linear(x.half(), self.weight).float()  # PyTorch sums in float32
+        else:  # many tokens: products of float32 are faster
+            y = F.linear(x, self.weight.float())
+        return y if self.bias is None else y + self.bias
 
 
 # --- 7. Flags, errors, main -----------------------------------------------------------------------
@@ -1233,7 +1330,8 @@ def find_device(name):
     try:
         return torch.zeros(1, device=name).device
     except Exception as error:  # each kind of device has an error of its own
-        raise UserError(f"device {name}: {str(error).splitlines()[0]}") from error
+        reason, _, _ = str(error).partition("\n")
+        raise UserError(f"device {name}: {reason}") from error
 
 
 def keep_freed_memory():
@@ -1396,21 +1494,21 @@ def main(argv=None):
     else:
         keep_freed_memory()
         if RANK > 0:
-            dist.barrier()  # rank 0 goes first: it downloads and encodes
+            torch.distributed.barrier()  # rank 0 goes first: it downloads and encodes
         else:
             remove_leftovers(f"{NAME}-*.*.part")
             remove_leftovers("*.gpt2.bin.*.part")
         run, model, tokenizer, optimizers, splits = prepare(flags, device)
         if RANK == 0 and N_RANKS > 1:
-            dist.barrier()  # now the others
+            torch.distributed.barrier()  # now the others
     results = {"parameters": sum(p.numel() for p in model.parameters())}
     print(f"{device}, bfloat16: {has_bfloat16(device)}, seed {run['seed']}", end="; ")
     print(f"{results['parameters']:,} parameters", flush=True)
     if not flags.sample:
         train(model, tokenizer, optimizers, splits, run)
         if N_RANKS > 1:
-            dist.barrier()  # the others wait for the last evaluation
-            dist.destroy_process_group()
+            torch.distributed.barrier()  # the others wait for the last evaluation
+            torch.distributed.destroy_process_group()
         if RANK > 0:  # the rest is for rank 0
             return results
         run, model, tokenizer = load_run(run["path"], device)

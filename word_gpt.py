@@ -3,15 +3,15 @@
 Read char_gpt.py first. Most of it stands here again, so that this file can be used alone: skip
 whatever you know. New is what real text asks for, in the order of the file:
 - clean, build_vocabulary, Tokenizer: tokens are words. Reviews contain web markup, links, capitals.
-  The number of different words has no limit: all that are too rare share one token, <unk>.
+  There is no end of different words: those that come less than 5 times share one token, <unk>.
 - split_documents, split_text: the text is many documents. Each ends with a token <eos> (end of
-  sequence), so that the model learns when to stop. A third part of them is for a last test.
+  sequence), so that the model learns when to stop. A third part of them is for a test at the end.
 - cut_windows, get_batch: documents have different lengths. <pad> fills what a window lacks.
 - AdaptiveSoftmax: logits of 37,000 words would be most of the work; it computes only a part.
 - estimate_loss: accuracy, perplexity, and what a good value is.
 - beam_search looks for the likeliest text. attention_weights shows what the model looks at.
-The same as in char_gpt.py: Head, MultiHead, FeedForward, Block, all of section 4 but
-estimate_loss, next_token_probabilities, and nearly all that follows the lesson.
+You can skip what stands in char_gpt.py to the letter. In section 3, this is the bricks, and Head to
+Block; in section 4, all but estimate_loss; in section 5, next_token_probabilities; then section 6.
 
     python word_gpt.py                                train, then continue the PROMPT
     python word_gpt.py --sample --prompt "The worst"  no training: continue with what was learned
@@ -87,7 +87,7 @@ BATCH_SIZE = 128 if FAST_GPU else 32  # B; more: a more exact gradient, and a sl
 MAX_ITERS = 10000 if FAST_GPU else 1800  # training steps
 MUON = True  # a better optimizer for most matrices (see behind the lesson); False: AdamW alone
 LEARNING_RATE = 1e-3 if FAST_GPU else 5e-3  # the peak; too high: the loss jumps; too low: it crawls
-ADAMW_LEARNING_RATE = 1e-3 if FAST_GPU else 4e-3  # the peak if MUON = False
+ADAMW_LEARNING_RATE = 1e-3 if FAST_GPU else 2e-3  # the peak if MUON = False
 FINAL_LR = 0.0  # share of the peak that is left at the end; 1: it never falls
 WARMUP_ITERS = 100  # steps until the peak
 BETAS = (0.9, 0.99)  # AdamW averages about 1 / (1 - beta) steps: 10 gradients, 100 squares of them
@@ -486,7 +486,7 @@ class AdaptiveSoftmax(nn.Module):
         return F.embedding(idx + len(self.cutoffs), self.weight)
 
     def logits(self, x, i):
-        """Return the logits of one softmax, 0 for the first choice: (N, C) -> (N, its rows)."""
+        """Return the logits of softmax i, 0 for the first choice: (..., C) -> (..., its rows)."""
         weight = self.weight.split(self.rows)[i]
         bias = self.bias.split(self.rows)[i]
         return multiply(x, weight, bias).float()  # x @ weight.T + bias: see behind the lesson
@@ -506,7 +506,7 @@ class AdaptiveSoftmax(nn.Module):
         return torch.cat(found, dim=-1)
 
     def losses(self, x, targets):
-        """Return -ln P of the targets (N,), for x (N, C). Most need the first softmax only."""
+        """Return -ln P of n targets (n,), for x (n, C). Most need the first softmax only."""
         # group: 0 for a frequent word, 1 for a word of g0, 2 for one of g1.
         cutoffs = torch.tensor(self.cutoffs, device=x.device)
         group = torch.bucketize(targets, cutoffs, right=True)
@@ -520,10 +520,10 @@ class AdaptiveSoftmax(nn.Module):
         return losses
 
     def hits(self, x, targets, losses):
-        """Return for each target (N,) whether it is the most likely token. -losses is its ln P."""
+        """Return for n targets (n,) whether each is the most likely token. -losses is its ln P."""
         groups, frequent = self.first_choice(x)
         best, word = frequent.max(-1)
-        hits = (word == targets) | (-losses > best)
+        hits = (word == targets) | (-losses > best)  # a frequent target, or one of a group
         for i, cutoff in enumerate(self.cutoffs):
             # A word has at most the P of its group. So only likelier groups are looked into.
             chosen = (hits & (groups[:, i] > -losses)).nonzero().flatten()
@@ -621,7 +621,7 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     n_used = n_windows if eval_iters is None else min(n_windows, eval_iters * batch_size)
     used = torch.tensor([windows[i * n_windows // n_used] for i in range(n_used)])
     losses, hits, known = [], [], []
-    for some in used.split(batch_size):
+    for some in used.split(int(batch_size)):
         starts, ends = some.split(1, dim=1)  # (B, 2) -> two (B, 1)
         x, y = cut_windows(tokens, starts, ends, T)
         x, y = x.to(device), y.to(device)
@@ -997,7 +997,6 @@ def new_run(documents, flags, device):
         "cleaning": CLEANING,
         "min_freq": MIN_FREQ,
     }
-    check(0 <= run["seed"] < 2**32, f"SEED = {run['seed']} must be 0 to 2**32 - 1")
     torch.manual_seed(run["seed"])
     tokenizer = Tokenizer(build_vocabulary(documents["train"], MIN_FREQ), CLEANING)
     sizes = BLOCK_SIZE, N_EMBED, N_HEADS, N_LAYERS, DROPOUT, CUTOFFS
@@ -1085,7 +1084,7 @@ def write_run(run):
     try:
         write_file(path, lambda part: torch.save(run | {"path": None}, part))
     finally:
-        if path.stat().st_size == 0:  # its first save failed
+        if path.exists() and path.stat().st_size == 0:  # its first save failed
             path.unlink()
     run["path"] = path
     try:
@@ -1110,7 +1109,8 @@ def load_run(path, device, mmap=False):
         model = LM(**run["config"])
         model.load_state_dict(run["best"])
     except Exception as error:  # a file can be damaged in any way
-        reason = " ".join(repr(error).split())[:99]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = reason.partition(". ")[0][:150]
         kinds = "does not fit this script (edited since?), is of another script, or damaged"
         raise UserError(f"{path} {kinds}: {reason}") from error
     return run, model.to(device), tokenizer
@@ -1132,8 +1132,10 @@ def list_runs():
         except Exception as error:
             print(f"{path}  cannot be read: {error!r:.50}")
             continue
-        first = first or run["constants"]
-        changes = differences(run["constants"], first)
+        now = {"SEED": str(run["seed"]), "MAX_ITERS": str(run["max_iters"])}  # flags can set these
+        now = run["constants"] | now
+        first = first or now
+        changes = differences(now, first)
         edits = [f"{name} = {value}" for name, value in changes.items() if name != "code"]
         if "code" in changes and "code" in first:
             edits.append("code edited")
@@ -1398,7 +1400,8 @@ def find_device(name):
     try:
         return torch.zeros(1, device=name).device
     except Exception as error:  # each kind of device has an error of its own
-        raise UserError(f"device {name}: {str(error).splitlines()[0]}") from error
+        reason, _, _ = str(error).partition("\n")
+        raise UserError(f"device {name}: {reason}") from error
 
 
 def keep_freed_memory():
@@ -1515,8 +1518,6 @@ def prepare(flags, device):
     optimizers = make_optimizers(model)
     if flags.resume:
         resume(run, model, optimizers, flags)
-    run["constants"]["SEED"] = str(run["seed"])
-    run["constants"]["MAX_ITERS"] = str(run["max_iters"])
     splits = split_text(documents, tokenizer)
     name_text(run, path, "\n".join(documents["val"]), len(splits["train"]))
     run["prompt"] = choose_prompt(flags, run, tokenizer)
@@ -1558,6 +1559,8 @@ def main(argv=None):
     "steps", "seconds", "tokens_per_second", "parameters", "text"}: after --sample, the last two."""
     flags = parse_flags(argv)
     check(Path(NAME).name == NAME, f"NAME = {NAME!r} must be a file's name, without a folder")
+    seed = SEED if flags.seed is None else flags.seed
+    check(0 <= seed < 2**32, f"SEED = {seed} must be 0 to 2**32 - 1")  # 32 bits are used
     if flags.runs:
         list_runs()
         return {}

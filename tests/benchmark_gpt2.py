@@ -1,7 +1,8 @@
 """Measures gpt2.py at full size against transformers, with random weights, side by side in one run.
 
     python tests/benchmark_gpt2.py               everything for a CPU, several minutes
-    python tests/benchmark_gpt2.py NAME ...      some of: equal generate position start step tokens
+    python tests/benchmark_gpt2.py NAME ...      some of: equal generate cached parts position
+                                                 start step tokens
     python tests/benchmark_gpt2.py --avx2 ...    as on a CPU without bfloat16 or AVX-512
     python tests/benchmark_gpt2.py gpu           on a CUDA GPU: training from scratch, and sampling
 
@@ -40,11 +41,7 @@ import gpt2
 native = gpt2.has_bfloat16(torch.device("cpu")) and not AVX2
 if AVX2:
     gpt2.has_bfloat16 = lambda device: False
-SIZES = {
-    "vocab_size": gpt2.VOCAB_SIZE, "block_size": gpt2.BLOCK_SIZE, "n_embed": gpt2.N_EMBED,
-    "n_heads": gpt2.N_HEADS, "n_layers": gpt2.N_LAYERS, "dropout": gpt2.DROPOUT,
-    "qkv_bias": gpt2.QKV_BIAS,
-}  # fmt: skip
+SIZES = gpt2.model_sizes("pretrained")
 OWN = gpt2.TEMPERATURE, gpt2.TOP_K, gpt2.TOP_P
 
 
@@ -71,7 +68,7 @@ def pair():
     ours = gpt2.load_pretrained(folder() / "gpt2.safetensors", **SIZES).eval()
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
     values = {gpt2.openai_name(name): value for name, value in ours.state_dict().items()}
-    turned = {n: v.t() if ".c_" in n and v.dim() == 2 else v for n, v in values.items()}
+    turned = {n: v.t() if gpt2.is_turned(n, v) else v for n, v in values.items()}
     theirs.transformer.load_state_dict({n: v for n, v in turned.items() if n != "lm_head.weight"})
     return theirs, ours
 
@@ -118,7 +115,7 @@ def equal():
     worst = 0.0
     for name, p in theirs.named_parameters():
         gradient = found[name.removeprefix("transformer.")]
-        gradient = gradient.t() if ".c_" in name and gradient.dim() == 2 else gradient
+        gradient = gradient.t() if gpt2.is_turned(name, gradient) else gradient
         worst = max(worst, ((gradient - p.grad).norm() / p.grad.norm()).item())
     print(f"equal: largest relative difference of a gradient {worst:.1e}")
     ids = idx[0, :32].tolist()
@@ -198,7 +195,9 @@ def start(turns=3):
 
 
 def step():
-    """A fine-tuning step: 4 x 256 tokens, fused AdamW, dropout 0.1, clipping."""
+    """A fine-tuning step: 4 x 256 tokens, fused AdamW, dropout 0.1, clipping.
+
+    transformers has all four windows in one batch; gpt2.py that, and two batches of two windows."""
     theirs, ours = pair()
     gpt2.keep_freed_memory()
     x, y = torch.randint(50257, (2, 4, 256))
@@ -214,10 +213,15 @@ def step():
         optimizer.step()
         optimizer.zero_grad()
 
+    def our_step(batch_size):
+        gpt2.BATCH_SIZE = batch_size
+        gpt2.train_step(ours, optimizers, x, y, 1e-5)
+
     times = take_turns(
         {
             "transformers": their_step,
-            "gpt2.py": lambda: gpt2.train_step(ours, optimizers, x, y, 1e-5),
+            "gpt2.py, B=4": functools.partial(our_step, 4),
+            "gpt2.py, B=2": functools.partial(our_step, 2),
         },
         turns=6,
     )
@@ -247,7 +251,7 @@ print(len(tokens), took, after - before)
 
 
 def tokens(megabytes=1000):
-    """Speed and memory of encoding 1 GB of text, and tiktoken's own speed on 50 MB of it."""
+    """Speed and memory of encoding 1 GB of text."""
     text = (ROOT / "input.txt").read_text(encoding="utf-8")
     with open(folder() / "large.txt", "w", encoding="utf-8") as file:
         while file.tell() < megabytes * 1e6:
@@ -258,11 +262,55 @@ def tokens(megabytes=1000):
     n, took, memory = map(float, done.stdout.split("\n")[-2].split())
     print(f"tokens: {megabytes} MB, {n:,.0f} tokens in {took:.0f} s: {megabytes / took:.1f} MB/s")
     print(f"tokens: {memory:.0f} MB of memory above the start, mapped parts of files included")
-    encoding, texts = gpt2.Tokenizer().encoding, [text[: 1 << 18]] * 200
-    cores = os.cpu_count()
-    took = seconds(lambda: encoding.encode_ordinary_batch(texts, num_threads=cores))
-    print(f"tokens: tiktoken alone, {cores} threads: {200 * (1 << 18) / took / 1e6:.1f} MB/s")
     (folder() / "large.txt").unlink()
+
+
+@torch.no_grad()
+def cached():
+    """Milliseconds for one more token after 10, 100 and 1,000, with and without a cache."""
+    _, ours = pair()
+    half = gpt2.for_generation(ours)
+    for n in (10, 100, 1000):
+        idx = torch.randint(50257, (1, n))
+        full, one = [], []
+        for _ in range(3):
+            caches = [gpt2.Cache(1024) for _ in half.blocks]
+            full.append(seconds(functools.partial(half, idx, caches=caches)))
+        token = torch.tensor([[5]])
+        one = [seconds(functools.partial(half, token, caches=caches)) for _ in range(10)]
+        without, with_it = (statistics.median(times) * 1e3 for times in (full, one))
+        print(f"cached: after {n:,} tokens {with_it:.1f} ms, without a cache {without:.0f} ms")
+
+
+@torch.no_grad()
+def parts():
+    """Where one token's time goes: products, attention, norms and other operators, Python, draw."""
+    _, ours = pair()
+    half = gpt2.for_generation(ours)
+    caches = [gpt2.Cache(1024) for _ in half.blocks]
+    half(torch.randint(50257, (1, 100)), caches=caches)
+    token = torch.tensor([[5]])
+    call = functools.partial(half, token, caches=caches)
+    times = [seconds(call) for _ in range(30)]
+    whole = statistics.median(times[5:]) * 1e3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        for _ in range(20):
+            call()
+    groups = {"products": ("mm", "linear", "matmul", "mv"), "attention": ("scaled_dot_product",)}
+    sums = dict.fromkeys((*groups, "other operators"), 0.0)
+    for event in found.key_averages():
+        name = event.key.removeprefix("aten::")
+        own = [group for group, words in groups.items() if any(word in name for word in words)]
+        sums[own[0] if own else "other operators"] += event.self_cpu_time_total / 20 / 1e3
+    logits = torch.randn(50257)
+
+    def draw():
+        torch.multinomial(gpt2.next_token_probabilities(logits, *OWN), 1).item()
+
+    drawn = statistics.median(seconds(draw) for _ in range(30)) * 1e3
+    words = ", ".join(f"{group} {ms:.2f}" for group, ms in sums.items())
+    print(f"parts: ms a token, with the profiler's own: {words}")
+    print(f"parts: the model's call {whole:.2f} ms without the profiler, the draw {drawn:.2f} ms")
 
 
 def gpu(steps=20):
@@ -270,20 +318,22 @@ def gpu(steps=20):
     device = torch.device("cuda")
     sizes = SIZES | {"vocab_size": 50_304, "dropout": 0.0}
     model = gpt2.LM(**sizes).to(device)
-    parallel, optimizers = gpt2.parallelize(model), gpt2.make_optimizers(model)
-    x, y = torch.randint(50257, (2, 2 * gpt2.BATCH_SIZE, gpt2.BLOCK_SIZE), device=device)
+    compiled, optimizers = gpt2.compile_model(model), gpt2.make_optimizers(model)
+    n_windows = gpt2.TOKENS_PER_STEP // gpt2.WINDOW
+    x, y = torch.randint(50257, (2, n_windows, gpt2.WINDOW), device=device)
     for count in (3, steps):  # the first are not counted
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(count):
-            gpt2.train_step(parallel, optimizers, x, y, 6e-4)
+            gpt2.train_step(compiled, optimizers, x, y, 6e-4)
         torch.cuda.synchronize()
         rate = count * x.numel() / (time.perf_counter() - start)
     # 6 per parameter and token (Kaplan et al. 2020), and 12 T C per block for attention
     per_token = 6 * sum(p.numel() for p in model.parameters()) + 12 * 12 * 1024 * 768
     name = torch.cuda.get_device_name()
     print(f"gpu: {name}: training {rate:,.0f} tokens/s, {rate * per_token / 1e12:.0f} TFLOP/s")
-    print(f"gpu: compiled {parallel is not model}, {gpt2.memory_used(device) / 1e9:.1f} GB")
+    memory = torch.cuda.max_memory_allocated() / 1e9
+    print(f"gpu: compiled {compiled is not model}, {memory:.1f} GB")
     quick = gpt2.for_generation(model)
     list(gpt2.generate(quick, list(range(32)), 50, *OWN))
     took = seconds(lambda: list(gpt2.generate(quick, list(range(32)), 500, *OWN)))
@@ -296,7 +346,7 @@ if __name__ == "__main__":
         f"{platform.python_version()}, {torch.get_num_threads()} threads, {platform.machine()}, "
         f"{torch.backends.cpu.get_cpu_capability()}, bfloat16: {native}"
     )
-    every = ("equal", "generate", "position", "start", "step", "tokens")
+    every = ("equal", "generate", "cached", "parts", "position", "start", "step", "tokens")
     with contextlib.suppress(KeyboardInterrupt):
         for name in [word for word in sys.argv[1:] if word != "--avx2"] or every:
             globals()[name]()

@@ -1,7 +1,8 @@
-"""Measures word_gpt.py: a training step beside the plain softmax, and whole runs in "plain steps".
+"""Measures word_gpt.py: a training step beside the plain softmax, whole runs, and its windows.
 
     python tests/benchmark_word.py                       training steps, 1 minute on 2 cores
     python tests/benchmark_word.py ARCHIVE run default   a whole run; ARCHIVE: aclImdb_v1.tar.gz
+    python tests/benchmark_word.py ARCHIVE windows 1337  three kinds of windows, 5 minutes a seed
     python tests/benchmark_word.py --avx2 ...            as on a CPU without bfloat16 or AVX-512
 
 The words of the step are drawn so that the n-th commonest comes 1/n as often as the commonest
@@ -11,6 +12,7 @@ see benchmark.py. Each line of a run is printed with the seconds since the proce
 """
 
 import sys
+import time
 from pathlib import Path
 
 import benchmark  # first: it reads --avx2 before torch is there
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 import word_gpt
 
 V, B, T, C, H, L = 36_980, 32, 64, 256, 2, 2
+EOS = word_gpt.Tokenizer.eos
 
 
 def stepper(plain):
@@ -32,12 +35,13 @@ def stepper(plain):
     x, y = 3 + torch.multinomial(frequencies, 2 * B * T, replacement=True).view(2, B, T)
     head = model.lm_head
 
-    def loss(hidden, targets, each):
-        logits = F.linear(hidden, head.weight, head.bias)
-        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    def losses(hidden, targets):
+        with torch.autocast("cpu", torch.bfloat16, enabled=benchmark.native):
+            logits = F.linear(hidden, head.weight, head.bias)
+        return F.cross_entropy(logits.float(), targets)
 
     if plain:
-        head.forward = loss
+        head.losses = losses
     return lambda: word_gpt.train_step(model, optimizers, x, y, 1e-4)
 
 
@@ -47,6 +51,79 @@ def steps():
     benchmark.compare(f"{B}x{T}, V = {V:,}", contestants, 3, rounds=6)
 
 
+# --- where windows begin and end ------------------------------------------------------------------
+def run_on(tokens, batch_size, block_size, device):
+    """Windows that start anywhere, and run on into the next document."""
+    return word_gpt.get_batch(tokens, batch_size, block_size, device)
+
+
+def fill_up(tokens, batch_size, block_size, device):
+    """Windows that start anywhere, and end with their document: <pad> follows."""
+    edges = torch.cat([torch.zeros(1).long(), (tokens == EOS).nonzero().flatten() + 1])
+    starts = torch.randint(len(tokens) - 1, (batch_size, 1))
+    ends = edges[torch.bucketize(starts, edges, right=True)]
+    return word_gpt.cut_windows(tokens, starts, ends, block_size)
+
+
+def move_back(tokens, batch_size, block_size, device):
+    """Windows that would reach beyond their document are moved back, until <eos> is the last."""
+    edges = torch.cat([torch.zeros(1).long(), (tokens == EOS).nonzero().flatten() + 1])
+    starts = torch.randint(len(tokens), (batch_size, 1))
+    document = torch.bucketize(starts, edges, right=True)
+    starts = starts.minimum(edges[document] - 1 - block_size).maximum(edges[document - 1])
+    return word_gpt.cut_windows(tokens, starts, edges[document], block_size)
+
+
+def windows(archive, seed, n_steps=600):
+    """Train with windows of each kind. Print the loss, P(<eos>) and how long samples become."""
+    documents = word_gpt.read_documents(archive, "spaced")
+    parts = word_gpt.split_documents(documents, 0.8, 0.1)
+    tokenizer = word_gpt.Tokenizer(word_gpt.build_vocabulary(parts["train"], 5))
+    splits = word_gpt.split_text(parts, tokenizer)
+    for get_batch in (run_on, fill_up, move_back):
+        torch.manual_seed(seed)
+        model = word_gpt.LM(tokenizer.vocab_size, T, C, H, L, 0.0, word_gpt.CUTOFFS)
+        optimizers = word_gpt.make_optimizers(model)
+        start = time.perf_counter()
+        for step in range(n_steps):
+            torch.manual_seed(seed * 1_000_000 + step)
+            x, y = get_batch(splits["train"], B, T, "cpu")
+            lr = word_gpt.get_lr(step, n_steps, word_gpt.LEARNING_RATE)
+            word_gpt.train_step(model, optimizers, x, y, lr)
+        seconds = time.perf_counter() - start
+        metrics = word_gpt.estimate_loss(model, splits["val"], 64)
+        p, share = eos_by_position(model, splits["val"])
+        shown = " ".join(f"{p[t]:.4f}" for t in (0, 10, 20, 30, 40, 50, 60, 62, 63))
+        eighths = zip(p.split(T // 8), share.split(T // 8), strict=True)
+        ratios = " ".join(f"{ours.sum() / true.sum():.2f}" for ours, true in eighths)
+        torch.manual_seed(1)
+        ids = tokenizer.encode(word_gpt.PROMPT)
+        lengths = [len(list(word_gpt.generate(model, ids, 300, 0.8))) for _ in range(60)]
+        near = sum(abs(length + len(ids) - T) <= 5 for length in lengths)
+        print(f"{get_batch.__name__}, seed {seed}: {metrics}, {seconds:.0f} s", flush=True)
+        print(f"    P(<eos>) at 0 10 20 30 40 50 60 62 63: {shown}; true share {share.mean():.4f}")
+        print(f"    P(<eos>) / share, by eighths of the window: {ratios}")
+        print(f"    lengths of 60 samples, {near} near T: {sorted(lengths)}", flush=True)
+
+
+@torch.no_grad()
+def eos_by_position(model, tokens):
+    """Return the mean P(<eos>) and the true share of <eos> at each position, (T,) each."""
+    torch.manual_seed(5)
+    p, share, count = torch.zeros(T), torch.zeros(T), torch.zeros(T)
+    for _ in range(120):
+        x, y = run_on(tokens, B, T, "cpu")
+        _, frequent = model.lm_head.first_choice(model.hidden(x))
+        p += (frequent[..., EOS].exp() * (y != -100)).sum(0)
+        share += (y == EOS).sum(0)
+        count += (y != -100).sum(0)
+    return p / count, share / count
+
+
 if __name__ == "__main__":
     archive = next((Path(word) for word in sys.argv[1:] if word.endswith(".tar.gz")), None)
-    benchmark.main("word_gpt", archive, steps)
+    if "windows" in sys.argv:
+        for seed in sys.argv[sys.argv.index("windows") + 1 :] or ["1337"]:
+            windows(archive, int(seed))
+    else:
+        benchmark.main("word_gpt", archive, steps)

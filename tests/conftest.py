@@ -212,6 +212,7 @@ class Script:
 
     def main_killed_at(self, step, *flags, **constants):
         """Call main, and end it in front of the training step of this number."""
+        self.set(**constants)
         steps = itertools.count(1)
         train_step = self.gpt.train_step
 
@@ -222,7 +223,7 @@ class Script:
 
         self.set(train_step=killed)
         with contextlib.suppress(Killed):
-            self.main(*flags, **constants)
+            self.main(*flags)
         self.set(train_step=train_step)
 
     def copy(self, insert="", **constants):

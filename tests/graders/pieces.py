@@ -331,3 +331,373 @@ def shared(name, **changes):
 
 
 PIECES = {"char_gpt": CHAR}
+
+# --- word_gpt.py ----------------------------------------------------------------------------------
+WORD = [
+    Piece(
+        "clean",
+        "a text -> its words, in lower case",
+        "clean(text, cleaning) returns a string: words with one space between them",
+        """
+        For cleaning == "reference": return clean_as_published(text), which is there. Else:
+        1. Lower case. Replace <...> (markup), http... and www... up to the next space, and
+           words with @ and a dot behind it (addresses) by a space.
+        2. unicodedata.normalize("NFC", text), then replacement(c), which is there, for each
+           character c.
+        3. Leave out words that are only digits (word.isnumeric()).
+        """,
+    ),
+    Piece(
+        "build_vocabulary",
+        "count words, drop rare ones, sort",
+        "build_vocabulary(documents, min_freq) returns a list of strings",
+        """
+        First "<pad>", "<unk>", "<eos>", then the words that come at least min_freq times in all
+        documents together; the most frequent first, and equally frequent ones by the alphabet.
+        """,
+    ),
+    Piece(
+        "Tokenizer",
+        "text -> ids of words, and back",
+        "Tokenizer(vocabulary, cleaning) has vocabulary, cleaning, vocab_size, encode(text), "
+        "encode_clean(text) and decode(ids): encode returns a list of ints, decode a string",
+        """
+        pad, unk, eos = 0, 1, 2 stay attributes of the class. encode cleans the text with
+        clean(text, self.cleaning); encode_clean does not. A word that is not in the vocabulary
+        gets the id unk.
+        """,
+    ),
+    Piece(
+        "split_documents",
+        "shuffle the documents, cut them in three",
+        'split_documents(documents, train_share, val_share) returns {"train": list, "val": list, '
+        '"test": list}',
+        """
+        Shuffle with a seed of its own, so that the order is random and always the same. Sizes:
+        round(train_share · n) for training, all others up to round((train_share + val_share) · n)
+        for validation, the rest is the test. No document is torn, lost or used twice.
+        """,
+    ),
+    Piece(
+        "split_text",
+        "documents -> ids, with <eos> at the end of each",
+        "split_text(documents, tokenizer) returns a dict of int32 tensors (N,)",
+        "The documents of a part are clean: use tokenizer.encode_clean.",
+    ),
+    Piece(
+        "cut_windows",
+        "starts and ends -> inputs and targets",
+        "cut_windows(tokens, starts, ends, block_size) returns two int64 tensors x, y (B, T)",
+        """
+        x has the tokens at start, start + 1, ... (T of them), y those one place further. From
+        `end` on, x has <pad>, and y has -100. Where x is <eos>, y is -100, too. A window may
+        reach beyond the end of the tokens. `ends` is (B, 1), or one number for all.
+        """,
+    ),
+    Piece(
+        "get_batch",
+        "draw starts, cut windows",
+        "get_batch(tokens, batch_size, block_size, device) returns two tensors x, y of ids (B, T)",
+        """
+        Draw a start for each window, from 0 to N - 2 (any token that has a next one), and call
+        cut_windows: a window ends at N, the end of all tokens. Both tensors must be on the device.
+        """,
+    ),
+    shared("Head"),
+    shared("MultiHead"),
+    shared("FeedForward"),
+    shared("Block"),
+    Piece(
+        "AdaptiveSoftmax",
+        "the whole layer: rows, ln P, losses, hits",
+        "AdaptiveSoftmax(vocab_size, n_embed, cutoffs) has weight, bias, embed, forward, losses",
+        """
+        self.weight (rows, C) and self.bias (rows,) are nn.Parameters, with the rows in the order
+        of the docstring: groups first. The bias of a group starts at ln(its number of words),
+        all others at 0. Cutoffs that are not below vocab_size are left out.
+        Other methods than embed, forward, losses and hits may have other names.
+        """,
+        parts=tuple(
+            f"AdaptiveSoftmax.{name}"
+            for name in "__init__ embed logits first_choice forward losses hits".split()
+        ),
+    ),
+    Piece(
+        "AdaptiveSoftmax.forward",
+        "ln P of all words",
+        "forward(x) returns ln P of all words, (..., V)",
+        """
+        ln P(word) = ln P(group) + ln P(word in its group); of a frequent word it is that of the
+        first softmax. Words are in the order of their ids.
+        """,
+    ),
+    Piece(
+        "AdaptiveSoftmax.losses",
+        "-ln P of targets",
+        "losses(x, targets) returns -ln P of n targets, (n,)",
+        "Right for frequent words and for words of every group.",
+    ),
+    Piece(
+        "AdaptiveSoftmax.hits",
+        "which targets are the most likely word",
+        "hits(x, targets, losses) returns n bools, (n,)",
+        "Of all V words, also those of the groups.",
+    ),
+    Piece(
+        "LM",
+        "the whole model: layers, hidden, logits or loss",
+        "LM(vocab_size, block_size, n_embed, n_heads, n_layers, dropout, cutoffs) has config and "
+        "block_size; model(idx) returns (logits, None), model(idx, targets) (None, loss)",
+        """
+        self.config: a dict of the seven arguments by their names. self.block_size: T, at most.
+        Layers: an embedding of the positions, dropout, n_layers different Blocks, a LayerNorm,
+        and self.lm_head, an AdaptiveSoftmax, which embeds the tokens as well (lm_head.embed).
+        Its weight and the positions start with a standard deviation of 0.02.
+        hidden(idx): token vectors + position vectors, dropout, blocks, LayerNorm. forward:
+        self.lm_head of it, or the mean of self.lm_head.losses of the targets that are not -100.
+        """,
+    ),
+    Piece(
+        "LM.forward",
+        "ids -> logits, or the loss",
+        "model(idx) returns (logits, None), and model(idx, targets) returns (None, loss)",
+        """
+        hidden(idx): token vectors (lm_head.embed) + position vectors, dropout, blocks, ln_f.
+        forward: self.lm_head of it, or the mean of self.lm_head.losses of the targets that are
+        not -100.
+        """,
+        parts=("LM.hidden", "LM.forward"),
+    ),
+    Piece(
+        "estimate_loss",
+        "loss, known and accuracy of all tokens, or of some batches",
+        'estimate_loss(model, tokens, batch_size, eval_iters) returns {"loss", "known", "accuracy"}',
+        """
+        A document ends with <eos>. Each is cut into windows of at most T = model.block_size
+        tokens, side by side: cut_windows(tokens, starts, ends, T), with the ends of the documents.
+        For at most batch_size windows at a time: hidden = model.hidden(x)[y != -100];
+        losses = model.lm_head.losses(hidden, targets);
+        hits = model.lm_head.hits(hidden, targets, losses). All targets count equally.
+        known: the mean loss of the targets that are not <unk>. accuracy: the share of hits.
+        eval_iters: at most eval_iters · batch_size windows, from the beginning to the end.
+        Evaluation mode, and no gradients.
+        """,
+    ),
+    shared("make_optimizers"),
+    shared("get_lr"),
+    shared("train_step"),
+    shared("train"),
+    shared("next_token_probabilities"),
+    Piece(
+        "generate",
+        "draw token after token, until <eos>",
+        "generate(model, ids, max_new_tokens, temperature, top_k, top_p) yields ints",
+        """
+        As in char_gpt.py, and: <pad> and <unk> (Tokenizer.pad, Tokenizer.unk) are never drawn:
+        their logits become -inf. If <eos> is drawn, the text ends: it is not yielded.
+        """,
+        lesson="char_gpt",
+        changed=True,
+    ),
+    Piece(
+        "beam_search",
+        "keep the likeliest texts",
+        "beam_search(model, ids, max_new_tokens, beams) returns (list of new ids, ln P of them)",
+        """
+        In each of max_new_tokens rounds, continue each kept text by its likeliest next tokens,
+        and keep the `beams` likeliest of all results. <pad> and <unk> are never chosen: their
+        logits are -inf, before the softmax. A text that ended with <eos> is kept as it is, and is
+        a result, too; <eos> belongs to the new ids. If the likeliest text has ended, stop.
+        The model sees the last block_size tokens. Evaluation mode, and no gradients.
+        """,
+    ),
+    Piece(
+        "attention_weights",
+        "look at Head with another v",
+        "attention_weights(model, ids) returns a list of tensors (H, T, T), one for each block",
+        """
+        Each block has its Head in block.attention.head. Afterwards the model is as before: no hooks
+        are left. Evaluation mode, and no gradients.
+        """,
+    ),
+    shared("Muon"),
+    shared("orthogonalize"),
+]
+PIECES["word_gpt"] = WORD
+
+# --- gpt2.py --------------------------------------------------------------------------------------
+GPT2 = [
+    Piece(
+        "Tokenizer",
+        "ids of any text, the text of ids",
+        "Tokenizer() has vocabulary, encoding, encode(text) -> list of ints, decode(ids) -> string",
+        """
+        self.encoding = tiktoken.get_encoding(vocabulary). encode: <|endoftext|> in a text becomes
+        its one id (allowed_special="all"). vocab_size stays an attribute of the class.
+        """,
+    ),
+    Piece(
+        "split_text",
+        "training part, and validation part after it",
+        'split_text(tokens, train_share, max_val_tokens, block_size) returns {"train": ids, '
+        '"val": ids}',
+        "The first int(train_share · N) tokens are for training, at most the next max_val_tokens "
+        "for validation.",
+    ),
+    shared("get_batch", hints=CHAR[2].hints + "    The tokens are int32: x and y must be int64.\n"),
+    Piece(
+        "Head",
+        "attention in one function; new tokens see all earlier ones",
+        "Head()(q, k, v) returns a tensor of the shape of q, (B, H, T, hs)",
+        """
+        q is of the T newest tokens, k and v are of all S: new token t has S - T earlier ones in
+        front of it, sees them, and itself. T can be 1, S, or between.
+        """,
+        lesson="char_gpt",
+        changed=True,
+    ),
+    Piece(
+        "Cache",
+        "keep keys and values, return all",
+        "cache.append(k, v) returns two tensors (B, H, S, hs), of all tokens so far",
+        """
+        Cache(block_size); self.length: how many tokens are in it, 0 at first. k and v have any
+        number of new tokens, at most block_size in all.
+        """,
+    ),
+    shared(
+        "MultiHead",
+        hints=CHAR[4].hints
+        + """\
+        forward(x, cache=None): with a Cache, k and v of all tokens are cache.append(k, v). q, k and
+        v have biases. For load_pretrained, the layers must be named qkv and projection.
+        """,
+    ),
+    Piece(
+        "FeedForward",
+        "GPT-2's gelu between two layers",
+        "FeedForward(n_embed, dropout)(x) returns a tensor of the shape of x, (B, T, C)",
+        """
+        The layers are C -> 4 C and 4 C -> C, with gelu as GPT-2 has it (approximate="tanh") between
+        them. Dropout comes last. For load_pretrained, they must be named expand and shrink.
+        """,
+        lesson="char_gpt",
+        changed=True,
+    ),
+    shared(
+        "Block",
+        hints=CHAR[6].hints
+        + """\
+        forward(x, cache=None): the cache is for MultiHead. Names: ln1, attention, ln2, feed_forward.
+        """,
+    ),
+    Piece(
+        "LM",
+        "the whole model, tied; GPT-2's start; caches",
+        "LM(vocab_size, block_size, n_embed, n_heads, n_layers, dropout, qkv_bias) has config and "
+        "block_size; model(idx, targets, caches) returns (logits, loss)",
+        """
+        self.config: a dict of the seven arguments by their names. Layers: token_embedding,
+        position_embedding, dropout, blocks (nn.Sequential), ln_f, lm_head (no bias). lm_head.weight
+        and token_embedding.weight are one parameter (tie_weights). Without qkv_bias, the biases of
+        block.attention.qkv are None.
+        Start: matrices with a standard deviation of 0.02, but the last ones of attention and
+        feed-forward (projection, shrink) with 0.02 / √(2 · n_layers); biases 0.
+        forward: positions count on after the tokens in the caches (caches[0].length). Block i gets
+        caches[i], or None. With caches, only the last position gets logits, (B, 1, V).
+        """,
+    ),
+    Piece(
+        "LM.forward",
+        "ids -> logits, and the loss; with caches, what comes after them",
+        "model(idx, targets, caches) returns (logits, loss); without targets the loss is None",
+        """
+        Token vectors + position vectors, dropout, blocks, ln_f, lm_head. Positions count on after
+        the tokens in the caches (caches[0].length). Block i gets caches[i], or None. With caches,
+        only the last position gets logits, (B, 1, V). autocast is not needed.
+        """,
+        lesson="char_gpt",
+        changed=True,
+    ),
+    Piece(
+        "openai_name",
+        "our name of a parameter -> OpenAI's",
+        "openai_name(name) returns a string",
+        """
+        token_embedding: wte, position_embedding: wpe, blocks: h, ln1: ln_1, ln2: ln_2,
+        attention.qkv: attn.c_attn, attention.projection: attn.c_proj,
+        feed_forward.expand: mlp.c_fc, feed_forward.shrink: mlp.c_proj. ln_f stays.
+        """,
+    ),
+    Piece(
+        "load_pretrained",
+        "read, rename, transpose, fill an LM",
+        "load_pretrained(path, **sizes) returns an LM",
+        """
+        read_safetensors(path) yields pairs (OpenAI's name, tensor). A name may begin with
+        "transformer."; ".attn.bias", ".attn.masked_bias" and "lm_head.weight" are no parameters of
+        ours. openai_name(our name) is theirs; where is_turned(their name, tensor), the tensor is
+        transposed. Every parameter of LM(**sizes) must be filled; lm_head stays tied.
+        A name that LM has not, or one that is missing: check(...) raises UserError.
+        """,
+    ),
+    shared("estimate_loss"),
+    shared(
+        "make_optimizers",
+        task="AdamW; weight decay for matrices only",
+        hints="""
+        One torch.optim.AdamW with betas=BETAS and two groups: matrices (dim() == 2), with the
+        weight decay WEIGHT_DECAY, and other parameters (biases, LayerNorm), with 0.
+        """,
+    ),
+    shared("get_lr"),
+    shared(
+        "train_step",
+        task="add the gradients of batches, then one step",
+        hints=next(piece.hints for piece in CHAR if piece.name == "train_step")
+        + """\
+        Send BATCH_SIZE windows at a time through the model. The result is the mean loss of all
+        windows, and the gradient is that of this mean. N_RANKS is 1 in the exercise.
+        """,
+    ),
+    Piece(
+        "train",
+        "steps, evaluations, and saves",
+        "train(model, tokenizer, optimizers, splits, run) returns nothing; it fills run",
+        next(piece.hints for piece in CHAR if piece.name == "train")
+        .replace("BATCH_SIZE, model.block_size,", "TOKENS_PER_STEP // WINDOW, WINDOW,")
+        .replace("The peak is LEARNING_RATE if MUON, else ADAMW_LEARNING_RATE.",
+                 'Peak: LEARNING_RATE if run["init"] == "pretrained", else SCRATCH_LEARNING_RATE.')
+        + """\
+        In the exercise, COMPILE is False and N_RANKS is 1: what they need may be left out.
+        """,
+        lesson="char_gpt",
+        changed=True,
+    ),  # fmt: skip
+    shared("next_token_probabilities"),
+    Piece(
+        "generate",
+        "predict with caches, draw, yield; drop the older half",
+        "generate(model, ids, max_new_tokens, temperature, top_k, top_p) yields ints",
+        """
+        model(idx, caches=caches) returns (logits (1, 1, V), None), for the tokens that are not in
+        the caches yet; caches: a Cache(model.block_size) for each of model.blocks. If there are
+        more than block_size tokens, only the newest block_size // 2 (at least 1) stay, with new
+        caches. Logits of ids from Tokenizer.vocab_size on become -inf. The id
+        Tokenizer.vocab_size - 1, <|endoftext|>, is yielded, and is the last.
+        Use next_token_probabilities, and draw at random. The caller's list must not change.
+        Evaluation mode, and no gradients.
+        """,
+    ),
+    Piece(
+        "stream",
+        "the text of tokens, each character whole",
+        "stream(tokenizer, tokens) yields strings",
+        """
+        tokenizer.encoding.decode_single_token_bytes(token) returns the bytes of a token. Yield
+        characters as soon as they are complete. What is left at the end, or is no UTF-8, becomes
+        the replacement character (errors "replace").
+        """,
+    ),
+]
+PIECES["gpt2"] = GPT2
