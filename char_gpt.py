@@ -61,7 +61,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# --- 1. Hyperparameters: edit them, and run again. Each is explained where it is used. ------------
+# --- 1. Hyperparameters: numbers that you choose. Each is explained where it is used. -------------
 NAME = "char_gpt"  # a run is a file: NAME-1.pt, the next one NAME-2.pt
 # Where a line has an else, its first value is for a GPU of NVIDIA that computes in bfloat16
 # (numbers of 16 bits). They are estimates: no GPU was at hand to try them (tests/RESULTS.md).
@@ -81,7 +81,7 @@ DROPOUT = 0.2 if FAST_GPU else 0.0  # share of numbers set to 0 (see FeedForward
 # Optimization
 BATCH_SIZE = 64 if FAST_GPU else 32  # B; more: a more exact gradient, and a slower step
 MAX_ITERS = 2200 if FAST_GPU else 1600  # training steps
-MUON = True  # a better optimizer for most matrices (see behind the lesson); False: AdamW alone
+MUON = True  # a better optimizer for most matrices (after the lesson); False: AdamW alone
 LEARNING_RATE = 1e-3 if FAST_GPU else 8e-3  # the peak; too high: the loss jumps; too low: it crawls
 ADAMW_LEARNING_RATE = 1e-3 if FAST_GPU else 1.6e-2  # the peak in place of it if MUON = False
 FINAL_LR = 0.0  # share of the peak that is left at the end; 1: it never falls
@@ -90,7 +90,7 @@ BETAS = (0.9, 0.99)  # AdamW averages about 1 / (1 - beta) steps: 10 gradients, 
 WEIGHT_DECAY = 0.1 if FAST_GPU else 0.5  # pulls matrices towards zero; more: less overfitting
 GRADIENT_CLIP = 1.0  # a longer gradient is cut to this length; None: never
 EVAL_INTERVAL = 200  # steps between two evaluations, which also save the run
-EVAL_ITERS = 10  # pieces of 4,096 tokens in an evaluation; more: more exact, and slower
+EVAL_ITERS = 10  # batches of 4,096 tokens in an evaluation; more: more exact, and slower
 # Generation
 PROMPT = "ROMEO:"  # the text to continue
 SAMPLE_TOKENS = 500  # length of the continuation, in tokens
@@ -196,7 +196,7 @@ def get_batch(tokens, batch_size, block_size, device):
 #           * LayerNorm, 4 + 4
 #           * FeedForward, 4 × 16 + 16 and 16 × 4 + 4: what the position computes
 #             from all that it has                      -0.40   0.34   0.04  -0.02
-#             the sum of these three vectors            -0.45  -0.71  -0.26  -0.72
+#             embeddings + MultiHead + FeedForward      -0.45  -0.71  -0.26  -0.72
 #   LM        ln_f, a LayerNorm: mean 0, deviation 1:    0.44  -0.91   1.43  -0.96
 #           * ln_f, 4 + 4: each number is multiplied by a learned one, then one is added:
 #                                                        1.79  -1.66   3.04  -2.17
@@ -281,7 +281,8 @@ class FeedForward(nn.Module):
     """Two layers for each position on its own (Vaswani et al. 2017, section 3.3).
 
     Attention averages what there is; this computes something new from it. Each of the 4 C numbers
-    between the two layers can detect one pattern in x: it is above 0 if x has it. The 4 is theirs.
+    between the two layers can detect one pattern in x: it is above 0 if x has it. (The paper took
+    4 C, and so do we.)
 
     In training, dropout sets a random part of the numbers to 0, and multiplies the others so that
     sums keep their size. The model cannot rely on single numbers: less overfitting."""
@@ -342,9 +343,9 @@ class LM(nn.Module):
         self.blocks = nn.Sequential(*blocks)  # calls one after the other
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = nn.Linear(n_embed, vocab_size, bias=False)  # no bias, as in GPT-2
-        # Small parameters make small logits, so nearly equal probabilities: the loss starts just
-        # above ln V, as the small differences are random. With the larger numbers that nn.Linear
-        # begins with, it would start at 4.3.
+        # Small parameters make small logits, so nearly equal probabilities: the loss starts near
+        # ln V. It starts just above, since random differences are seldom right: with the larger
+        # numbers that nn.Linear begins with, it would start at 4.3.
         nn.init.normal_(self.lm_head.weight, std=0.02)  # random, of size 0.02 as in GPT-2
 
     def forward(self, idx, targets=None):
@@ -354,9 +355,9 @@ class LM(nn.Module):
         and do not count (see estimate_loss)."""
         T = idx.shape[1]
         check(0 < T <= self.block_size, f"T = {T} must be 1 to block_size = {self.block_size}")
-        # autocast: matrix products in bfloat16, numbers of 16 bits, 8 of them for precision. They
-        # are twice as fast if the hardware has them: has_bfloat16, at the end of this file, says
-        # so. All else stays in float32 (32 bits, 24 for precision).
+        # autocast: matrix products in bfloat16, numbers of 16 bits that have 2 to 3 exact digits.
+        # They are twice as fast if the hardware has them: has_bfloat16, at the end of this file,
+        # says so. All else stays in float32, numbers of 32 bits with 7 exact digits.
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=has_bfloat16(idx.device)):
             # An average does not depend on the order of its terms: attention alone would make the
             # same of "ab" and "ba" in front of a token. So each position adds a vector of its own.
@@ -374,9 +375,11 @@ class LM(nn.Module):
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
     """Return {"loss": nats per token}, the mean over all tokens (N,), except the first.
 
-    The tokens are cut into windows side by side, so each is a target once. With `eval_iters`, at
-    most that many batches are used, evenly spread. No random number is drawn. During training,
-    evaluate (end of this file) calls it for both splits, with batches of 4,096 tokens."""
+    The tokens are cut into windows side by side, so each is a target once. (The first ones of a
+    window are predicted from few others, so this loss is a little too high.) With `eval_iters`, at
+    most that many batches are used, evenly spread: of 10 windows, 5 are 0, 2, 4, 6 and 8. No random
+    number is drawn. During training, evaluate (end of this file) calls it for both splits, with
+    batches of 4,096 tokens."""
     model.eval()  # switches dropout off: the whole model is measured
     T = model.block_size
     device = next(model.parameters()).device
@@ -401,18 +404,21 @@ def make_optimizers(model):
 
     AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) keeps two averages for each parameter, of
     its gradients g and of their squares. In each step, an average becomes beta · average +
-    (1 - beta) · new value. (They start at 0, which AdamW corrects.) The parameter is moved by
+    (1 - beta) · new value. With beta = 0.9, an old value loses a tenth of its weight in each step,
+    so about the last 10 count. (The averages start at 0. After n steps, AdamW divides them by
+    1 - beta^n: after one step, the average is then g itself.) The parameter is moved by
     -rate · mean(g) / √mean(g²). If g is always 0.001, the quotient is 0.001 / 0.001 = 1. If g is
     always 100, it is 1 as well: all parameters learn at the same speed. If g is 1 and -1 in turn,
     mean(g) is about 0, and the parameter stays.
 
-    Before that, matrices are multiplied by 1 - rate · WEIGHT_DECAY. A small matrix turns a small
-    difference of two inputs into a small difference of its results. To know single sentences by
-    heart, a model must react to small differences. (Biases and LayerNorm are not multiplied: they
-    shift and scale, and so hardly add such reactions.)"""
+    Before that, matrices (those of nn.Embedding as well) are multiplied by 1 - rate · WEIGHT_DECAY.
+    A small matrix turns a small difference of two inputs into a small difference of its results. To
+    know single sentences by heart, a model must react to small differences. (Biases and LayerNorm
+    are not multiplied: they shift and scale, and so hardly add such reactions.)"""
     by_muon = []
-    if MUON:  # another rule, for the matrices of the blocks: explained behind the lesson
+    if MUON:  # another rule, for the matrices of the blocks: explained after the lesson
         by_muon = [p for p in model.blocks.parameters() if p.dim() == 2]
+    # `is`, as `in` would compare the numbers of two parameters.
     others = [p for p in model.parameters() if not any(p is matrix for matrix in by_muon)]
     decay = {"params": [p for p in others if p.dim() == 2], "weight_decay": WEIGHT_DECAY}
     no_decay = {"params": [p for p in others if p.dim() != 2], "weight_decay": 0.0}
@@ -462,10 +468,10 @@ def train(model, tokenizer, optimizers, splits, run):
 
     `run` is a dict with all that its file will hold, among them the seed, max_iters, the last saved
     step, the history {step: losses}, the path of the file (None before the first save), and two
-    sets of parameters: the last ones, to go on with, and the best ones, which generate. The best
-    have the lowest validation loss. (Among several sets, that picks a lucky one: their true loss is
-    a little higher.) Functions behind the lesson print and save: evaluate, save_step,
-    show_progress. UserError: a loss is not finite."""
+    sets of parameters: the last ones, with the averages of the optimizers, to go on with; and the
+    best ones, which generate. The best have the lowest validation loss. (The best of several
+    measured losses is partly luck: on a new text, it would be a little higher.) Functions after the
+    lesson print and save: evaluate, save_step, show_progress. UserError: a loss is not finite."""
     device = next(model.parameters()).device
     peak = LEARNING_RATE if MUON else ADAMW_LEARNING_RATE
     start = time.perf_counter() - run["seconds"]  # a resumed run counts its earlier ones
@@ -521,7 +527,8 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     if top_p is not None:
         before = kept.cumsum(0) - kept  # what the likelier tokens have together
         kept = kept.masked_fill(before >= top_p * kept.sum(), 0)  # sum: what top_k has left
-    return torch.zeros(V).scatter(0, ids, kept / kept.sum())  # each back to its own place
+    # Each goes back to its own place: result[ids[i]] = kept[i] / (sum of kept).
+    return torch.zeros(V).scatter(0, ids, kept / kept.sum())
 
 
 @torch.no_grad()
@@ -539,8 +546,8 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         yield ids[-1]
 
 
-# Try this, one edit at a time, with --max-iters 400, and compare with --runs. Unedited, the loss is
-# 1.73, and with --seed 1 it is 1.75: a difference of 0.02 means nothing.
+# Try this, one edit at a time, with --max-iters 400, and compare with --runs. Unedited, the loss on
+# the validation text is 1.73, and with --seed 1 it is 1.75: a difference of 0.02 means nothing.
 # - N_LAYERS = 1: 1.89. A second block can use what the first one has found.
 # - BLOCK_SIZE = 16: 1.95. The model sees fewer characters before each guess.
 # - Delete "+ mask" in Head: 0.02. The model sees the answer, and has learned to copy it. Generation
@@ -556,9 +563,10 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 #
 # Now let this be the gradient of a layer's matrix. In y = x W, y_j is the sum of all x_i · W_ij. So
 # one position of the batch with the input x adds the matrix x_i · d_j to the gradient, where d_j is
-# the derivative of the loss by y_j. This matrix turns a vector u into (u · x) d, a long vector if u
-# points like x. So the factor is large for a direction that many inputs have, and small for a rare
-# one. Three optimizers make different steps of this gradient:
+# the derivative of the loss by y_j. For x = (1, 1) and d = (3, 0), its rows are (3, 0) and (3, 0):
+# it turns (1, 1), the direction of x, into (6, 0), and (1, -1) into (0, 0). So the factor is large
+# for a direction that many inputs have, and small for a rare one. Three optimizers make different
+# steps of this gradient:
 #
 #                plain gradient     AdamW, first step     Muon
 #                5.5  4.5           1  1                  0.7  0.0
@@ -570,6 +578,8 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 # the numbers equal, not the factors: here it learns nothing for (1, -1). Muon makes the factors
 # equal: it learns as much for rare directions as for frequent ones. After 400 steps, both at the
 # rate that is best for so few (0.016), the loss is 1.66 with Muon, and 1.87 with AdamW alone.
+# Embeddings and lm_head stay with AdamW, as in Jordan et al.: each row belongs to one token, and is
+# learned from this token alone.
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
 
@@ -594,11 +604,11 @@ class Muon(torch.optim.Optimizer):
                 # step reacts sooner.
                 update = orthogonalize(p.grad.lerp(average, 0.95))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # A matrix of 128 × 384 numbers has 128 factors. If all are 1, the squares of its
-                # numbers sum to 128 (see orthogonalize), so each number is about 1/√384. AdamW's
-                # quotients are 1 at first, and about 0.2 later, when gradients change their signs.
-                # With the factor 0.2 · √384, one rate fits both (Liu et al. 2025, arXiv
-                # 2502.16982).
+                # The squares of a matrix's numbers sum to the squares of its factors (see below).
+                # 128 × 384 numbers have 128 factors. If all are 1, a square is 128 / (128 · 384)
+                # on average, so a number is about 1/√384. AdamW's quotients are 1 at first, and
+                # 0.2 to 0.4 later, when gradients change their signs (measured by Liu et al. 2025,
+                # arXiv 2502.16982). With their factor 0.2 · √384, one rate fits both.
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
@@ -611,11 +621,11 @@ def orthogonalize(matrix):
     First, the matrix M is divided by its norm, so that no factor is above 1. (The square of the
     norm is the sum of the squares of all numbers, and of all factors. Above, it is 101 = 10² + 1².)
 
-    M Mᵀ M has the directions of M. Each factor s becomes s³: above, (1, 1) is multiplied by 10
-    three times. So 3.4445 M - 4.775 M Mᵀ M + 2.0315 M Mᵀ M Mᵀ M turns each factor s into
-    3.4445 s - 4.775 s³ + 2.0315 s⁵, and one need not know the directions. Jordan et al. chose the
-    three numbers so that a small s grows fast, to 3.4 s, and an s near 1 stays between 0.7 and 1.2.
-    Five rounds of it (Newton-Schulz) are enough:
+    M Mᵀ M has the directions of M (which we do not prove). Each factor s becomes s³: above, (1, 1)
+    is multiplied by 10 three times. So 3.4445 M - 4.775 M Mᵀ M + 2.0315 M Mᵀ M Mᵀ M turns each
+    factor s into 3.4445 s - 4.775 s³ + 2.0315 s⁵, and one need not know the directions. Jordan et
+    al. chose the three numbers so that a small s grows fast, to 3.4 s, and an s near 1 stays
+    between 0.7 and 1.2. Five rounds of it (Newton-Schulz) are enough:
 
         s = 1       0.70  1.11  0.72  1.09  0.70
         s = 0.01    0.03  0.12  0.40  1.09  0.70

@@ -10,7 +10,8 @@ small text of another kind. It needs few steps: they know English already. What 
 - Cache: the keys and values of earlier tokens are kept (KV cache), so generation computes new ones
 - FeedForward: gelu in place of relu. LM: the output layer is the table of token embeddings.
 - openai_name, load_pretrained: OpenAI's weights, renamed, fit into LM
-- make_optimizers: AdamW alone. Muon's products would take longer than the rest of a CPU's step.
+- make_optimizers: AdamW alone. Muon would make a step of 1,024 tokens three times the work: its
+  own work does not depend on the tokens, and grows with C³. (In char_gpt.py it adds 12%.)
 - train_step: the gradients of several small batches are added up (gradient accumulation)
 - join_processes: several processes, each with a GPU, share a step
 - bits_per_character: what compares with char_gpt.py, whose tokens are shorter
@@ -43,7 +44,7 @@ PyTorch supplies tensors (arrays of numbers), and more that is explained below. 
     B   batch: pieces of text processed in parallel   H   heads per block
     T   time: tokens in one piece                     hs  head size, C / H
     C   channels: numbers that represent one token    V   vocabulary: number of different tokens
-    N   tokens of a whole text                        S   T, and with a Cache the tokens before
+    N   tokens of a whole text
 
 Papers: Radford et al. 2018 (GPT), Improving Language Understanding by Generative Pre-Training;
 Radford et al. 2019 (GPT-2), Language Models are Unsupervised Multitask Learners; Brown et al. 2020
@@ -57,7 +58,6 @@ Radford et al. 2019 (GPT-2), Language Models are Unsupervised Multitask Learners
 # ///
 
 import argparse
-import codecs
 import copy
 import ctypes
 import json
@@ -69,6 +69,7 @@ import shutil
 import sys
 import time
 from array import array
+from codecs import getincrementaldecoder
 from datetime import timedelta
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -679,7 +680,8 @@ def train_step(model, optimizers, x, y, lr):
     multiplied by its share, 1/2: 1.5 + 2.5 = 4. This is gradient accumulation."""
     model.train()  # switches dropout on
     loss = 0.0
-    for xs, ys in zip(x.split(BATCH_SIZE), y.split(BATCH_SIZE), strict=True):
+    size = int(BATCH_SIZE)
+    for xs, ys in zip(x.split(size), y.split(size), strict=True):
         _, part = model(xs, ys)
         part = part * (len(xs) / len(x))  # its share
         part.backward()  # computes d part / d parameter, and adds it to the gradient so far
@@ -843,7 +845,7 @@ def stream(tokenizer, tokens):
 
     A token is some bytes, and can end inside a character, which has up to 4 bytes. The decoder
     keeps such bytes until the rest of the character has come."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder = getincrementaldecoder("utf-8")("replace")
     for token in tokens:
         yield decoder.decode(tokenizer.encoding.decode_single_token_bytes(token))
     yield decoder.decode(b"", final=True)
@@ -903,7 +905,6 @@ def new_run(flags, device):
         "seconds": 0.0,  # of training, all parts added
         "constants": constants(),
     }
-    check(0 <= run["seed"] < 2**32, f"SEED = {run['seed']} must be 0 to 2**32 - 1")
     torch.manual_seed(run["seed"])
     tokenizer = Tokenizer()
     sizes = model_sizes(run["init"])
@@ -1043,7 +1044,7 @@ def load_run(path, device, mmap=False):
         reason = reason.partition(". ")[0][:150]
         kinds = "does not fit this script (edited since?), is of another script, or damaged"
         raise UserError(f"{path} {kinds}: {reason}") from error
-    return run, model.to(device), tokenizer
+    return run, model.to(device).eval(), tokenizer
 
 
 def summary(run):
@@ -1063,6 +1064,7 @@ def list_runs():
             print(f"{path}  cannot be read: {error!r:.50}")
             continue
         now = {"SEED": str(run["seed"]), "MAX_ITERS": str(run["max_iters"])}  # flags can set these
+        now["INIT"] = run["init"]
         now = run["constants"] | now
         first = first or now
         changes = differences(now, first)
@@ -1412,7 +1414,10 @@ def parse_flags(argv):
     in_notebook = argv is None and "kernel_launcher" in sys.argv[0]
     if RANK > 0:  # rank 0 says what is wrong
         parser.error = lambda message: sys.exit(2)
-    return parser.parse_args([] if in_notebook else argv)
+    flags = parser.parse_args([] if in_notebook else argv)
+    if flags.run and not (flags.sample or flags.resume):
+        parser.error("--run needs --sample or --resume")
+    return flags
 
 
 def prepare(flags, device):
@@ -1435,9 +1440,6 @@ def prepare(flags, device):
     optimizers = make_optimizers(model)
     if flags.resume:
         resume(run, model, optimizers, flags)
-    run["constants"]["SEED"] = str(run["seed"])
-    run["constants"]["MAX_ITERS"] = str(run["max_iters"])
-    run["constants"]["INIT"] = run["init"]
     tokens = load_tokens(path, tokenizer)
     splits = split_text(tokens, TRAIN_SHARE, MAX_VAL_TOKENS, WINDOW)
     name_text(run, path, tokens, len(splits["train"]))
@@ -1482,6 +1484,8 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     flags = parse_flags(argv)
     check(Path(NAME).name == NAME, f"NAME = {NAME!r} must be a file's name, without a folder")
+    seed = SEED if flags.seed is None else flags.seed
+    check(0 <= seed < 2**32, f"SEED = {seed} must be 0 to 2**32 - 1")  # 32 bits are used
     if flags.runs:
         list_runs()
         return {}

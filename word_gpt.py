@@ -398,7 +398,8 @@ class FeedForward(nn.Module):
     """Two layers for each position on its own (Vaswani et al. 2017, section 3.3).
 
     Attention averages what there is; this computes something new from it. Each of the 4 C numbers
-    between the two layers can detect one pattern in x: it is above 0 if x has it. The 4 is theirs.
+    between the two layers can detect one pattern in x: it is above 0 if x has it. (The paper took
+    4 C, and so do we.)
 
     In training, dropout sets a random part of the numbers to 0, and multiplies the others so that
     sums keep their size. The model cannot rely on single numbers: less overfitting."""
@@ -642,18 +643,21 @@ def make_optimizers(model):
 
     AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) keeps two averages for each parameter, of
     its gradients g and of their squares. In each step, an average becomes beta · average +
-    (1 - beta) · new value. (They start at 0, which AdamW corrects.) The parameter is moved by
+    (1 - beta) · new value. With beta = 0.9, an old value loses a tenth of its weight in each step,
+    so about the last 10 count. (The averages start at 0. After n steps, AdamW divides them by
+    1 - beta^n: after one step, the average is then g itself.) The parameter is moved by
     -rate · mean(g) / √mean(g²). If g is always 0.001, the quotient is 0.001 / 0.001 = 1. If g is
     always 100, it is 1 as well: all parameters learn at the same speed. If g is 1 and -1 in turn,
     mean(g) is about 0, and the parameter stays.
 
-    Before that, matrices are multiplied by 1 - rate · WEIGHT_DECAY. A small matrix turns a small
-    difference of two inputs into a small difference of its results. To know single sentences by
-    heart, a model must react to small differences. (Biases and LayerNorm are not multiplied: they
-    shift and scale, and so hardly add such reactions.)"""
+    Before that, matrices (those of nn.Embedding as well) are multiplied by 1 - rate · WEIGHT_DECAY.
+    A small matrix turns a small difference of two inputs into a small difference of its results. To
+    know single sentences by heart, a model must react to small differences. (Biases and LayerNorm
+    are not multiplied: they shift and scale, and so hardly add such reactions.)"""
     by_muon = []
-    if MUON:  # another rule, for the matrices of the blocks: explained behind the lesson
+    if MUON:  # another rule, for the matrices of the blocks: explained after the lesson
         by_muon = [p for p in model.blocks.parameters() if p.dim() == 2]
+    # `is`, as `in` would compare the numbers of two parameters.
     others = [p for p in model.parameters() if not any(p is matrix for matrix in by_muon)]
     decay = {"params": [p for p in others if p.dim() == 2], "weight_decay": WEIGHT_DECAY}
     no_decay = {"params": [p for p in others if p.dim() != 2], "weight_decay": 0.0}
@@ -703,10 +707,10 @@ def train(model, tokenizer, optimizers, splits, run):
 
     `run` is a dict with all that its file will hold, among them the seed, max_iters, the last saved
     step, the history {step: losses}, the path of the file (None before the first save), and two
-    sets of parameters: the last ones, to go on with, and the best ones, which generate. The best
-    have the lowest validation loss. (Among several sets, that picks a lucky one: their true loss is
-    a little higher.) Functions behind the lesson print and save: evaluate, save_step,
-    show_progress. UserError: a loss is not finite."""
+    sets of parameters: the last ones, with the averages of the optimizers, to go on with; and the
+    best ones, which generate. The best have the lowest validation loss. (The best of several
+    measured losses is partly luck: on a new text, it would be a little higher.) Functions after the
+    lesson print and save: evaluate, save_step, show_progress. UserError: a loss is not finite."""
     device = next(model.parameters()).device
     peak = LEARNING_RATE if MUON else ADAMW_LEARNING_RATE
     start = time.perf_counter() - run["seconds"]  # a resumed run counts its earlier ones
@@ -762,7 +766,8 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     if top_p is not None:
         before = kept.cumsum(0) - kept  # what the likelier tokens have together
         kept = kept.masked_fill(before >= top_p * kept.sum(), 0)  # sum: what top_k has left
-    return torch.zeros(V).scatter(0, ids, kept / kept.sum())  # each back to its own place
+    # Each goes back to its own place: result[ids[i]] = kept[i] / (sum of kept).
+    return torch.zeros(V).scatter(0, ids, kept / kept.sum())
 
 
 @torch.no_grad()
@@ -872,9 +877,10 @@ def attention_weights(model, ids):
 #
 # Now let this be the gradient of a layer's matrix. In y = x W, y_j is the sum of all x_i · W_ij. So
 # one position of the batch with the input x adds the matrix x_i · d_j to the gradient, where d_j is
-# the derivative of the loss by y_j. This matrix turns a vector u into (u · x) d, a long vector if u
-# points like x. So the factor is large for a direction that many inputs have, and small for a rare
-# one. Three optimizers make different steps of this gradient:
+# the derivative of the loss by y_j. For x = (1, 1) and d = (3, 0), its rows are (3, 0) and (3, 0):
+# it turns (1, 1), the direction of x, into (6, 0), and (1, -1) into (0, 0). So the factor is large
+# for a direction that many inputs have, and small for a rare one. Three optimizers make different
+# steps of this gradient:
 #
 #                plain gradient     AdamW, first step     Muon
 #                5.5  4.5           1  1                  0.7  0.0
@@ -886,6 +892,8 @@ def attention_weights(model, ids):
 # the numbers equal, not the factors: here it learns nothing for (1, -1). Muon makes the factors
 # equal: it learns as much for rare directions as for frequent ones. After 400 steps, both at the
 # rate that is best for so few (0.016), the loss is 1.66 with Muon, and 1.87 with AdamW alone.
+# Embeddings and lm_head stay with AdamW, as in Jordan et al.: each row belongs to one token, and is
+# learned from this token alone.
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
 
@@ -910,11 +918,11 @@ class Muon(torch.optim.Optimizer):
                 # step reacts sooner.
                 update = orthogonalize(p.grad.lerp(average, 0.95))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # A matrix of 128 × 384 numbers has 128 factors. If all are 1, the squares of its
-                # numbers sum to 128 (see orthogonalize), so each number is about 1/√384. AdamW's
-                # quotients are 1 at first, and about 0.2 later, when gradients change their signs.
-                # With the factor 0.2 · √384, one rate fits both (Liu et al. 2025, arXiv
-                # 2502.16982).
+                # The squares of a matrix's numbers sum to the squares of its factors (see below).
+                # 128 × 384 numbers have 128 factors. If all are 1, a square is 128 / (128 · 384)
+                # on average, so a number is about 1/√384. AdamW's quotients are 1 at first, and
+                # 0.2 to 0.4 later, when gradients change their signs (measured by Liu et al. 2025,
+                # arXiv 2502.16982). With their factor 0.2 · √384, one rate fits both.
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
@@ -927,11 +935,11 @@ def orthogonalize(matrix):
     First, the matrix M is divided by its norm, so that no factor is above 1. (The square of the
     norm is the sum of the squares of all numbers, and of all factors. Above, it is 101 = 10² + 1².)
 
-    M Mᵀ M has the directions of M. Each factor s becomes s³: above, (1, 1) is multiplied by 10
-    three times. So 3.4445 M - 4.775 M Mᵀ M + 2.0315 M Mᵀ M Mᵀ M turns each factor s into
-    3.4445 s - 4.775 s³ + 2.0315 s⁵, and one need not know the directions. Jordan et al. chose the
-    three numbers so that a small s grows fast, to 3.4 s, and an s near 1 stays between 0.7 and 1.2.
-    Five rounds of it (Newton-Schulz) are enough:
+    M Mᵀ M has the directions of M (which we do not prove). Each factor s becomes s³: above, (1, 1)
+    is multiplied by 10 three times. So 3.4445 M - 4.775 M Mᵀ M + 2.0315 M Mᵀ M Mᵀ M turns each
+    factor s into 3.4445 s - 4.775 s³ + 2.0315 s⁵, and one need not know the directions. Jordan et
+    al. chose the three numbers so that a small s grows fast, to 3.4 s, and an s near 1 stays
+    between 0.7 and 1.2. Five rounds of it (Newton-Schulz) are enough:
 
         s = 1       0.70  1.11  0.72  1.09  0.70
         s = 0.01    0.03  0.12  0.40  1.09  0.70
@@ -1497,7 +1505,10 @@ def parse_flags(argv):
     add("--seed", metavar="N", type=int, help=f"default: {SEED}; with --sample, another each time")
     add("--beams", metavar="N", type=int, default=BEAMS, help="search for a likely text with N")
     in_notebook = argv is None and "kernel_launcher" in sys.argv[0]
-    return parser.parse_args([] if in_notebook else argv)
+    flags = parser.parse_args([] if in_notebook else argv)
+    if flags.run and not (flags.sample or flags.resume):
+        parser.error("--run needs --sample or --resume")
+    return flags
 
 
 def prepare(flags, device):

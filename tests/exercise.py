@@ -12,8 +12,20 @@ import sys
 import textwrap
 from pathlib import Path
 
-from graders.pieces import PIECES, SCRIPTS, body_of, find_piece, functions, is_stub
-from graders.pieces import nearest, original_functions, parts_of, read_header, read_original, write_header
+from graders.pieces import (
+    PIECES,
+    SCRIPTS,
+    body_of,
+    find_piece,
+    functions,
+    is_stub,
+    nearest,
+    original_functions,
+    parts_of,
+    read_header,
+    read_original,
+    write_header,
+)
 
 
 # --- Blank a piece --------------------------------------------------------------------------------

@@ -18,8 +18,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from graders.judge import judge
-from graders.pieces import PIECES, SCRIPTS, find_piece, functions, is_stub
-from graders.pieces import nearest, original_functions, parts_of, read_header
+from graders.pieces import (
+    PIECES,
+    SCRIPTS,
+    find_piece,
+    functions,
+    is_stub,
+    nearest,
+    original_functions,
+    parts_of,
+    read_header,
+)
 from graders.process import SECONDS, start_server
 
 

@@ -262,11 +262,12 @@ def test_edited_constants_are_named_with_what_becomes_of_them(script, capsys):
     rates.clear()
     decays.clear()
     edits = {"N_LAYERS": 2, "DROPOUT": 0.5, rate: before / 10, "WEIGHT_DECAY": 0.7}
+    edits["PROMPT"] = "a "
     script.main("--resume", "--max-iters", "12", **edits)
     (line,) = lines_with("N_LAYERS", capsys.readouterr().out)
     kept, _, used = line.partition(" kept")
     assert set(re.findall("[A-Z_]{4,}", kept)) == {"N_LAYERS", "DROPOUT"}
-    assert set(re.findall("[A-Z_]{4,}", used)) == {rate, "WEIGHT_DECAY"}
+    assert set(re.findall("[A-Z_]{4,}", used)) == {rate, "WEIGHT_DECAY", "PROMPT"}
     run = script.run(1)
     assert (run["config"]["n_layers"], run["config"]["dropout"]) == (1, 0.2)
     assert (run["constants"]["N_LAYERS"], run["constants"]["WEIGHT_DECAY"]) == ("1", "0.7")

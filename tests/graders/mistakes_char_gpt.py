@@ -83,7 +83,9 @@ def heads_with(
         def __init__(self, n_embed, n_heads, dropout):
             super().__init__()
             self.n_heads = heads(n_heads)
-            self.layers = nn.ModuleList(nn.Linear(n_embed, n_embed, bias=False) for _ in range(layers))
+            self.layers = nn.ModuleList(
+                nn.Linear(n_embed, n_embed, bias=False) for _ in range(layers)
+            )
             if projection:
                 self.projection = nn.Linear(n_embed, n_embed)
             self.dropout = nn.Dropout(rate(dropout))
@@ -286,7 +288,9 @@ def muon_with(
                     g, state = gradient(p), self.state[p]
                     average = momentum * old(state, p) + (1 - momentum) * g
                     state["average"] = average
-                    update = turn(momentum * average + (1 - momentum) * g if look_ahead else average)
+                    update = turn(
+                        momentum * average + (1 - momentum) * g if look_ahead else average
+                    )
                     if not late_decay:
                         p.mul_(decay(group))
                     p.add_(update, alpha=sign * group["lr"] * factor(p.shape))
@@ -301,7 +305,7 @@ def optimizers_with(
     for_adamw=lambda model, muon: [p for p in model.parameters() if id(p) not in muon],
     decays=lambda p: p.dim() == 2,
     betas=None,
-    muon=lambda: MUON,
+    muon=lambda: globals().get("MUON", False),  # gpt2.py has none
     muon_decay=None,
 ):
     """Return a function make_optimizers, in which one of these is wrong."""
@@ -341,8 +345,9 @@ def rates_with(
 
 def step_with(
     before=lambda model, optimizers: None,
-    clip=lambda model: GRADIENT_CLIP
-    and nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP),
+    clip=lambda model: (
+        GRADIENT_CLIP and nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
+    ),
     rate=lambda optimizers, lr: [g.update(lr=lr) for o in optimizers for g in o.param_groups],
     step=lambda optimizers: [o.step() for o in optimizers],
     zero=lambda model, optimizers: [o.zero_grad() for o in optimizers],
@@ -370,6 +375,18 @@ def step_with(
     return train_step
 
 
+def right_peak(run):
+    if "SCRATCH_LEARNING_RATE" in globals():  # gpt2.py
+        return LEARNING_RATE if run["init"] == "pretrained" else SCRATCH_LEARNING_RATE
+    return LEARNING_RATE if MUON else ADAMW_LEARNING_RATE
+
+
+def right_sizes(model):
+    if "WINDOW" in globals():  # gpt2.py
+        return TOKENS_PER_STEP // WINDOW, WINDOW
+    return BATCH_SIZE, model.block_size
+
+
 def train_with(
     first=lambda run: run["step"],
     last=lambda run: run["max_iters"],
@@ -378,9 +395,9 @@ def train_with(
     may_save=lambda step, begin: step > begin,
     seed=lambda run, step: torch.manual_seed(run["seed"] * 1_000_000 + step),
     part="train",
-    peak=lambda: LEARNING_RATE if MUON else ADAMW_LEARNING_RATE,
+    peak=lambda run: right_peak(run),
     rate=lambda step, run, peak: get_lr(step, run["max_iters"], peak),
-    sizes=lambda model: (BATCH_SIZE, model.block_size),
+    sizes=lambda model: right_sizes(model),
     evaluate_first=True,
     keep=True,
     earlier=lambda run: run["seconds"],
@@ -407,7 +424,7 @@ def train_with(
                 break
             seed(run, step)
             x, y = get_batch(splits[part], *sizes(model), device)
-            train_step(model, optimizers, x, y, rate(step, run, peak()))
+            train_step(model, optimizers, x, y, rate(step, run, peak(run)))
             if not evaluate_first:
                 look(step)
 
@@ -814,9 +831,7 @@ get_batch = batch_with(starts=lambda N, B, T: torch.arange(B)[:, None] % (N - T)
 
 # --- get_batch: nothing is random: every batch is the same. Draw a start for each window.
 get_batch = batch_with(
-    starts=lambda N, B, T: torch.randint(
-        N - T, (B, 1), generator=torch.Generator().manual_seed(1)
-    )
+    starts=lambda N, B, T: torch.randint(N - T, (B, 1), generator=torch.Generator().manual_seed(1))
 )
 
 
@@ -871,9 +886,7 @@ get_batch = batch_with(starts=lambda N, B, T: torch.randint((N - 1) // T, (B, 1)
 
 
 # --- get_batch: single tokens are drawn: a window is T + 1 tokens in a row, from one random start.
-get_batch = batch_with(
-    pick=lambda tokens, places: tokens[torch.randint(len(tokens), places.shape)]
-)
+get_batch = batch_with(pick=lambda tokens, places: tokens[torch.randint(len(tokens), places.shape)])
 
 
 # --- get_batch: x and y are drawn independently: y must be the tokens after those of the same x.
@@ -960,9 +973,7 @@ Head = attention_with(hidden=lambda T: torch.ones(T, T).triu(), value=-1e9)
 
 # --- Head: one position too few: a position does not see itself. The mask begins one above the diagonal,
 # triu(1), not triu(0). (And where nothing is left, nan is made 0.)
-Head = attention_with(
-    hidden=lambda T: torch.ones(T, T).triu(), after=lambda w: w.nan_to_num(0)
-)
+Head = attention_with(hidden=lambda T: torch.ones(T, T).triu(), after=lambda w: w.nan_to_num(0))
 
 
 # --- Head: one position too many: each sees the next one, which is its target. Use triu(1), not triu(2);
@@ -1275,7 +1286,8 @@ MultiHead = heads_with(
 
 # --- MultiHead: the heads and the positions are not exchanged: Head needs (B, H, T, hs), so transpose(1, 2).
 MultiHead = heads_with(
-    split=lambda part, B, T, H: part.view(B, T, H, -1), join=lambda out, B, T, C: out.reshape(B, T, C)
+    split=lambda part, B, T, H: part.view(B, T, H, -1),
+    join=lambda out, B, T, C: out.reshape(B, T, C),
 )
 
 
@@ -1295,7 +1307,9 @@ MultiHead = heads_with(mix=lambda self, out: out, projection=False)
 
 # --- MultiHead: the projection comes before attention.
 MultiHead = heads_with(
-    split=lambda part, B, T, H: (0.3 * part.sum(-1, keepdim=True)).expand(B, T, 12).reshape(B, T, H, -1).transpose(1, 2),
+    split=lambda part, B, T, H: (
+        (0.3 * part.sum(-1, keepdim=True)).expand(B, T, 12).reshape(B, T, H, -1).transpose(1, 2)
+    ),
     mix=lambda self, out: out,
 )
 
@@ -1743,7 +1757,9 @@ LM = lm_with(
 
 
 # --- LM: n_heads and n_layers are exchanged.
-LM = lm_with(blocks=lambda C, H, n, dropout: nn.Sequential(*(Block(C, n, dropout) for _ in range(H))))
+LM = lm_with(
+    blocks=lambda C, H, n, dropout: nn.Sequential(*(Block(C, n, dropout) for _ in range(H)))
+)
 
 
 # --- LM: dropout is not passed on to the blocks.
@@ -1752,7 +1768,9 @@ LM = lm_with(blocks=lambda C, H, n, dropout: nn.Sequential(*(Block(C, H, 0.0) fo
 
 # --- LM: the constants N_HEADS, N_LAYERS or DROPOUT are used in place of the arguments.
 LM = lm_with(
-    blocks=lambda C, H, n, dropout: nn.Sequential(*(Block(C, N_HEADS, DROPOUT) for _ in range(N_LAYERS)))
+    blocks=lambda C, H, n, dropout: nn.Sequential(
+        *(Block(C, N_HEADS, DROPOUT) for _ in range(N_LAYERS))
+    )
 )
 
 
@@ -1885,7 +1903,9 @@ LM = lm_with(loss=lambda l, y: F.cross_entropy(l.flatten(0, 1), y.flatten(), red
 
 
 # --- LM.forward: the loss is a sum over the positions and a mean over the batch: it is the mean over all targets.
-LM = lm_with(loss=lambda l, y: F.cross_entropy(l.flatten(0, 1), y.flatten(), reduction="sum") / len(y))
+LM = lm_with(
+    loss=lambda l, y: F.cross_entropy(l.flatten(0, 1), y.flatten(), reduction="sum") / len(y)
+)
 
 
 # --- LM.forward: the loss is one number per target: it is their mean.
@@ -2001,7 +2021,9 @@ estimate_loss = estimate_with(mean=lambda losses, counts: sum(losses) / len(loss
 
 
 # --- estimate_loss: it is a sum: divide by the number of targets.
-estimate_loss = estimate_with(mean=lambda losses, counts: sum(l * n for l, n in zip(losses, counts)))
+estimate_loss = estimate_with(
+    mean=lambda losses, counts: sum(l * n for l, n in zip(losses, counts))
+)
 
 
 # --- estimate_loss: it is the sum of the batches' means: weight each with its number of targets, and divide.
@@ -2813,15 +2835,17 @@ train_step = step_with(order="clip backward rate step zero")
 
 # --- train_step: each number of the gradient is clipped: clip its length, clip_grad_norm_.
 train_step = step_with(
-    clip=lambda model: GRADIENT_CLIP
-    and nn.utils.clip_grad_value_(model.parameters(), GRADIENT_CLIP)
+    clip=lambda model: (
+        GRADIENT_CLIP and nn.utils.clip_grad_value_(model.parameters(), GRADIENT_CLIP)
+    )
 )
 
 
 # --- train_step: each parameter's gradient is clipped on its own: clip the length of all together.
 train_step = step_with(
-    clip=lambda model: GRADIENT_CLIP
-    and [nn.utils.clip_grad_norm_(p, GRADIENT_CLIP) for p in model.parameters()]
+    clip=lambda model: (
+        GRADIENT_CLIP and [nn.utils.clip_grad_norm_(p, GRADIENT_CLIP) for p in model.parameters()]
+    )
 )
 
 
@@ -2852,7 +2876,9 @@ train_step = step_with(clip=clip_parameters)
 
 
 # --- train_step: GRADIENT_CLIP = None is an error: it means no limit.
-train_step = step_with(clip=lambda model: nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP))
+train_step = step_with(
+    clip=lambda model: nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
+)
 
 
 # --- train_step: the model is in evaluation mode, so dropout is off: call model.train() first.
@@ -2917,19 +2943,19 @@ train = train_with(rate=lambda step, run, peak: get_lr(step, MAX_ITERS, peak))
 
 
 # --- train: the peak is LEARNING_RATE with MUON = False, too: then it is ADAMW_LEARNING_RATE.
-train = train_with(peak=lambda: LEARNING_RATE)
+train = train_with(peak=lambda run: LEARNING_RATE)
 
 
 # --- train: the peak is ADAMW_LEARNING_RATE with MUON = True, too: then it is LEARNING_RATE.
-train = train_with(peak=lambda: ADAMW_LEARNING_RATE)
+train = train_with(peak=lambda run: ADAMW_LEARNING_RATE)
 
 
 # --- train: the two peaks are exchanged: LEARNING_RATE if MUON, else ADAMW_LEARNING_RATE.
-train = train_with(peak=lambda: ADAMW_LEARNING_RATE if MUON else LEARNING_RATE)
+train = train_with(peak=lambda run: ADAMW_LEARNING_RATE if MUON else LEARNING_RATE)
 
 
 # --- train: batch_size and block_size are exchanged for get_batch.
-train = train_with(sizes=lambda model: (model.block_size, BATCH_SIZE))
+train = train_with(sizes=lambda model: right_sizes(model)[::-1])
 
 
 # --- train: every step is evaluated: only multiples of EVAL_INTERVAL, and the last one.
@@ -2945,7 +2971,9 @@ train = train_with(is_due=lambda step, run: step % EVAL_INTERVAL == 0)
 
 
 # --- train: the first step is not evaluated: step 0 is a multiple of EVAL_INTERVAL, too.
-train = train_with(is_due=lambda s, run: s > 0 and (s % EVAL_INTERVAL == 0 or s == run["max_iters"]))
+train = train_with(
+    is_due=lambda s, run: s > 0 and (s % EVAL_INTERVAL == 0 or s == run["max_iters"])
+)
 
 
 # --- train: only the last step is evaluated: multiples of EVAL_INTERVAL are, too.
@@ -2973,7 +3001,10 @@ train = train_with(first=lambda run: 0)
 
 
 # --- train: a resumed run evaluates its first step again: it is in run["history"].
-train = train_with(is_due=lambda s, run: s % EVAL_INTERVAL == 0 or s in (run["max_iters"], 3), again=lambda step, run: True)
+train = train_with(
+    is_due=lambda s, run: s % EVAL_INTERVAL == 0 or s in (run["max_iters"], 3),
+    again=lambda step, run: True,
+)
 
 
 # --- train: a resumed run draws other random numbers: in each step, before get_batch,
@@ -2983,7 +3014,9 @@ train = train_with(seed=lambda run, step: None)
 
 # --- train: a resumed run draws other random numbers: in each step, before get_batch,
 # torch.manual_seed(run["seed"] * 1_000_000 + step).
-train = train_with(seed=lambda run, step: torch.manual_seed(run["seed"]) if step == run["step"] else None)
+train = train_with(
+    seed=lambda run, step: torch.manual_seed(run["seed"]) if step == run["step"] else None
+)
 
 
 # --- train: every step has the same seed, so every batch is the same: add the number of the step.

@@ -6,6 +6,7 @@ import ast
 import difflib
 import functools
 import re
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -330,6 +331,13 @@ def shared(name, **changes):
     return replace(piece, lesson="char_gpt", changed=bool(changes), **changes)
 
 
+def more_hints(name, text):
+    """Return the hints of a piece of char_gpt.py, and more."""
+    (piece,) = (piece for piece in CHAR if piece.name == name)
+    parts = [textwrap.dedent(part).strip() for part in (piece.hints, text)]
+    return "\n".join(parts)
+
+
 PIECES = {"char_gpt": CHAR}
 
 # --- word_gpt.py ----------------------------------------------------------------------------------
@@ -419,7 +427,7 @@ WORD = [
         """,
         parts=tuple(
             f"AdaptiveSoftmax.{name}"
-            for name in "__init__ embed logits first_choice forward losses hits".split()
+            for name in ["__init__", "embed", "logits", "first_choice", "forward", "losses", "hits"]
         ),
     ),
     Piece(
@@ -471,7 +479,8 @@ WORD = [
     Piece(
         "estimate_loss",
         "loss, known and accuracy of all tokens, or of some batches",
-        'estimate_loss(model, tokens, batch_size, eval_iters) returns {"loss", "known", "accuracy"}',
+        'estimate_loss(model, tokens, batch_size, eval_iters) returns {"loss": number, "known": '
+        'number, "accuracy": number}',
         """
         A document ends with <eos>. Each is cut into windows of at most T = model.block_size
         tokens, side by side: cut_windows(tokens, starts, ends, T), with the ends of the documents.
@@ -544,7 +553,10 @@ GPT2 = [
         "The first int(train_share · N) tokens are for training, at most the next max_val_tokens "
         "for validation.",
     ),
-    shared("get_batch", hints=CHAR[2].hints + "    The tokens are int32: x and y must be int64.\n"),
+    shared(
+        "get_batch",
+        hints=more_hints("get_batch", "The tokens are int32: x and y must be int64."),
+    ),
     Piece(
         "Head",
         "attention in one function; new tokens see all earlier ones",
@@ -567,11 +579,13 @@ GPT2 = [
     ),
     shared(
         "MultiHead",
-        hints=CHAR[4].hints
-        + """\
-        forward(x, cache=None): with a Cache, k and v of all tokens are cache.append(k, v). q, k and
-        v have biases. For load_pretrained, the layers must be named qkv and projection.
-        """,
+        hints=more_hints(
+            "MultiHead",
+            """
+            forward(x, cache=None): with a Cache, k and v of all tokens are cache.append(k, v). q, k
+            and v have biases. For load_pretrained, the layers must be named qkv and projection.
+            """,
+        ),
     ),
     Piece(
         "FeedForward",
@@ -581,15 +595,16 @@ GPT2 = [
         The layers are C -> 4 C and 4 C -> C, with gelu as GPT-2 has it (approximate="tanh") between
         them. Dropout comes last. For load_pretrained, they must be named expand and shrink.
         """,
-        lesson="char_gpt",
-        changed=True,
     ),
     shared(
         "Block",
-        hints=CHAR[6].hints
-        + """\
-        forward(x, cache=None): the cache is for MultiHead. Names: ln1, attention, ln2, feed_forward.
-        """,
+        hints=more_hints(
+            "Block",
+            """
+            forward(x, cache=None): the cache is for MultiHead. For load_pretrained, the parts must
+            be named ln1, attention, ln2 and feed_forward.
+            """,
+        ),
     ),
     Piece(
         "LM",
@@ -654,26 +669,26 @@ GPT2 = [
     shared(
         "train_step",
         task="add the gradients of batches, then one step",
-        hints=next(piece.hints for piece in CHAR if piece.name == "train_step")
-        + """\
-        Send BATCH_SIZE windows at a time through the model. The result is the mean loss of all
-        windows, and the gradient is that of this mean. N_RANKS is 1 in the exercise.
-        """,
+        hints=more_hints(
+            "train_step",
+            """
+            Send BATCH_SIZE windows at a time through the model. The result is the mean loss of all
+            windows, and the gradient is that of this mean. N_RANKS is 1 in the exercise.
+            """,
+        ),
     ),
-    Piece(
+    shared(
         "train",
-        "steps, evaluations, and saves",
-        "train(model, tokenizer, optimizers, splits, run) returns nothing; it fills run",
-        next(piece.hints for piece in CHAR if piece.name == "train")
-        .replace("BATCH_SIZE, model.block_size,", "TOKENS_PER_STEP // WINDOW, WINDOW,")
-        .replace("The peak is LEARNING_RATE if MUON, else ADAMW_LEARNING_RATE.",
-                 'Peak: LEARNING_RATE if run["init"] == "pretrained", else SCRATCH_LEARNING_RATE.')
-        + """\
-        In the exercise, COMPILE is False and N_RANKS is 1: what they need may be left out.
-        """,
-        lesson="char_gpt",
-        changed=True,
-    ),  # fmt: skip
+        hints=more_hints(
+            "train",
+            """
+            Other than in char_gpt.py: get_batch gets TOKENS_PER_STEP // WINDOW and WINDOW in place
+            of BATCH_SIZE and model.block_size. The peak is LEARNING_RATE if run["init"] is
+            "pretrained", else SCRATCH_LEARNING_RATE. COMPILE is False and N_RANKS is 1 in the
+            exercise: what they need may be left out.
+            """,
+        ),
+    ),
     shared("next_token_probabilities"),
     Piece(
         "generate",

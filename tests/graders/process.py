@@ -105,8 +105,9 @@ def be_alone():
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
-    sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
+    options = {"encoding": "utf-8", "errors": "replace", "closefd": False}
+    sys.stdout = open(1, "w", **options)  # noqa: SIM115
+    sys.stderr = open(2, "w", **options)  # noqa: SIM115
 
 
 def limit_memory():

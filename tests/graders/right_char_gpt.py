@@ -99,7 +99,9 @@ def get_batch(tokens, batch_size, block_size, device):
 # --- get_batch: unfold, a list of two
 def get_batch(tokens, batch_size, block_size, device):
     windows = tokens.unfold(0, block_size + 1, 1)
-    chosen = windows[torch.randperm(len(windows)).repeat(1 + batch_size // len(windows))[:batch_size]]
+    chosen = windows[
+        torch.randperm(len(windows)).repeat(1 + batch_size // len(windows))[:batch_size]
+    ]
     return [chosen[:, :-1].to(device), chosen[:, 1:].to(device)]
 
 
@@ -159,7 +161,9 @@ NEGATIVE, ROOT = -1e9, math.sqrt
 class Head(nn.Module):
     def __init__(self, longest=512):
         super().__init__()
-        self.register_buffer("mask", torch.triu(torch.ones(longest, longest), 1).bool(), persistent=False)
+        self.register_buffer(
+            "mask", torch.triu(torch.ones(longest, longest), 1).bool(), persistent=False
+        )
 
     def forward(self, q, k, v):
         T = q.shape[-2]
@@ -256,7 +260,9 @@ class MultiHead(nn.Module):
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
         hs = n_embed // n_heads
-        self.w = nn.ParameterList(nn.Parameter(torch.randn(n_heads, n_embed, hs) / n_embed**0.5) for _ in "qkv")
+        self.w = nn.ParameterList(
+            nn.Parameter(torch.randn(n_heads, n_embed, hs) / n_embed**0.5) for _ in "qkv"
+        )
         self.out = nn.Parameter(torch.randn(n_heads * hs, n_embed) / n_embed**0.5)
         self.p = dropout
 
@@ -434,7 +440,9 @@ class LM(nn.Module):
                 x = block(x)
             logits = self.lm_head(self.ln_f(x)).float()
         if targets is not None:
-            loss = F.nll_loss(logits.log_softmax(2).reshape(-1, logits.shape[2]), targets.reshape(-1))
+            loss = F.nll_loss(
+                logits.log_softmax(2).reshape(-1, logits.shape[2]), targets.reshape(-1)
+            )
             return logits, loss
         return logits, None
 
@@ -567,7 +575,9 @@ class Muon(torch.optim.Optimizer):
                 u = orthogonalize(g.add(buf, alpha=beta))
                 p.data = p.data * (1 - group["lr"] * group["weight_decay"])
                 rows, columns = p.shape
-                p.data.add_(u, alpha=-group["lr"] * 0.2 * (rows if rows > columns else columns) ** 0.5)
+                p.data.add_(
+                    u, alpha=-group["lr"] * 0.2 * (rows if rows > columns else columns) ** 0.5
+                )
 
 
 # --- make_optimizers: by name, with lists
@@ -764,7 +774,9 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         left -= 1
         window = text[-model.block_size :]
         out = model(torch.tensor(window).view(1, len(window)))
-        p = next_token_probabilities(out[0][0][-1], temperature=temperature, top_k=top_k, top_p=top_p)
+        p = next_token_probabilities(
+            out[0][0][-1], temperature=temperature, top_k=top_k, top_p=top_p
+        )
         token = int((torch.rand(1).item() * p.sum() > p.cumsum(0)).sum())
         text.append(token)
         yield token

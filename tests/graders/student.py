@@ -15,9 +15,19 @@ from dataclasses import dataclass
 
 import torch
 
-from graders.pieces import PIECES, ROOT, SCRIPTS, all_statements, find_piece
-from graders.pieces import functions, is_stub, original_functions, parse_original, parts_of
-from graders.pieces import read_original
+from graders.pieces import (
+    PIECES,
+    ROOT,
+    SCRIPTS,
+    all_statements,
+    find_piece,
+    functions,
+    is_stub,
+    original_functions,
+    parse_original,
+    parts_of,
+    read_original,
+)
 
 # What differs in two messages of the same error: addresses, and what depends on random numbers.
 ERASED = re.compile(r"0x[0-9a-f]+|index \d+|at entry \d+|got \[\d+\]")
@@ -379,10 +389,13 @@ def describe_error(error, source, file):
     return short | {"same": ERASED.sub("", message)[:150]}
 
 
-# --- References: the original, and known mistakes --------------------------------------------------
+# --- References: the original, and known mistakes -------------------------------------------------
 def references(script, name, with_mistakes):
     """Return {"right": what the original does, "mistakes": [[message, what it does], ...]}."""
-    answer = {"right": observe(script, name)["seen"], "mistakes": []}
+    right = observe(script, name)
+    if "wrong" in right or "error" in right:
+        raise RuntimeError(f"our own {name} of {script}.py cannot be graded: {right}")
+    answer = {"right": right["seen"], "mistakes": []}
     if with_mistakes:
         for message, source in mistakes_of(script, name):
             answer["mistakes"].append([message, observe(script, name, source)])
