@@ -732,7 +732,8 @@ def resume(run, model, optimizers, flags):
         print(f"the run had {run['optimizer_names']}: the averages of other optimizers start anew")
     edited = differences(constants(), run["constants"])
     # What the run has under the same name is kept: sizes, DROPOUT, SEED and MAX_ITERS.
-    kept = [name for name in edited if name.lower() in run | run["config"]]
+    own = run | run["config"]
+    kept = [name for name in edited if name.lower() in own and name != "PROMPT"]
     used = {name: value for name, value in edited.items() if name not in kept}
     if edited:
         print(f"edited since: {', '.join(kept) or 'nothing'} (the run's values are kept)", end="; ")

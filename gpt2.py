@@ -121,7 +121,7 @@ WEIGHT_DECAY = 0.1  # pulls matrices towards zero; more: less overfitting; 0.1 a
 GRADIENT_CLIP = 1.0  # a longer gradient is cut to this length; None: never
 COMPILE = FAST_GPU  # let torch.compile make a faster program of the model; it takes a minute
 EVAL_INTERVAL = 50  # steps between two evaluations, which also save the run
-EVAL_ITERS = 10 if FAST_GPU else 2  # pieces of 4,096 tokens in an evaluation; more: more exact
+EVAL_ITERS = 10 if FAST_GPU else 2  # batches of 4,096 tokens in an evaluation; more: more exact
 MAX_VAL_TOKENS = 1_000_000 if FAST_GPU else 50_000  # of a longer text, measuring uses so many
 # Generation
 PROMPT = "ROMEO:"  # the text to continue
@@ -204,7 +204,7 @@ class Tokenizer:
 def load_tokens(path, tokenizer):
     """Return the ids of a UTF-8 text, (N,), int32. They are in a file, not in memory.
 
-    The first time, encode_text (behind the lesson) writes them into a file in this folder, for
+    The first time, encode_text (after the lesson) writes them into a file in this folder, for
     input.txt into input.txt.gpt2.bin. Then the file is mapped: it looks like a tensor, and the
     system reads the parts that are used. So the text can be larger than the memory. An id has 4
     bytes, for 3.3 characters on average: the file is a little larger than the text. Its first 64
@@ -395,7 +395,8 @@ class FeedForward(nn.Module):
     """Two layers for each position on its own (Vaswani et al. 2017, section 3.3).
 
     Attention averages what there is; this computes something new from it. Each of the 4 C numbers
-    between the two layers can detect one pattern in x: it is above 0 if x has it. The 4 is theirs.
+    between the two layers can detect one pattern in x: it is above 0 if x has it. (The paper took
+    4 C, and so do we.)
 
     In training, dropout sets a random part of the numbers to 0, and multiplies the others so that
     sums keep their size. The model cannot rely on single numbers: less overfitting."""
@@ -458,10 +459,10 @@ class LM(nn.Module):
         self.blocks = nn.Sequential(*blocks)  # calls one after the other
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = nn.Linear(n_embed, vocab_size, bias=False)  # no bias, as in GPT-2
-        # Small parameters make small logits, so nearly equal probabilities: the loss starts just
-        # above ln V, as the small differences are random. Each block adds two results to its input.
-        # A sum of n results of random sign is about √n times as large as one of them; here n is
-        # 2 · n_layers. So the layers that make these results start with numbers smaller by √n.
+        # Small parameters make small logits, so nearly equal probabilities: the loss starts near
+        # ln V. Each block adds two results to its input. A sum of n results of random sign is about
+        # √n times as large as one of them; here n is 2 · n_layers. So the layers that make these
+        # results start with numbers smaller by √n.
         for name, p in self.named_parameters():
             if name.endswith(("projection.weight", "shrink.weight")):
                 nn.init.normal_(p, std=0.02 / (2 * n_layers) ** 0.5)  # Radford et al. 2019
@@ -496,10 +497,10 @@ class LM(nn.Module):
         end = past + idx.shape[1]
         T = self.block_size
         check(past < end <= T, f"{end} tokens: the model can see 1 to block_size = {T}")
-        # autocast: matrix products in bfloat16, numbers of 16 bits, 8 of them for precision. They
-        # are twice as fast if the hardware has them: has_bfloat16, at the end of this file, says
-        # so. All else stays in float32 (32 bits, 24 for precision). The weights are converted in
-        # each call. For a single token, this takes longer than it saves.
+        # autocast: matrix products in bfloat16, numbers of 16 bits that have 2 to 3 exact digits.
+        # They are twice as fast if the hardware has them: has_bfloat16, at the end of this file,
+        # says so. All else stays in float32, numbers of 32 bits with 7 exact digits.
+        # It converts the weights in each call: for a single token, this takes longer than it saves.
         enabled = has_bfloat16(idx.device) and not caches
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=enabled):
             # An average does not depend on the order of its terms: attention alone would make the
@@ -579,9 +580,11 @@ def load_pretrained(path, **sizes):
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
     """Return {"loss": nats per token}, the mean over all tokens (N,), except the first.
 
-    The tokens are cut into windows side by side, so each is a target once. With `eval_iters`, at
-    most that many batches are used, evenly spread. No random number is drawn. During training,
-    evaluate (end of this file) calls it for both splits, with batches of 4,096 tokens."""
+    The tokens are cut into windows side by side, so each is a target once. (The first ones of a
+    window are predicted from few others, so this loss is a little too high.) With `eval_iters`, at
+    most that many batches are used, evenly spread: of 10 windows, 5 are 0, 2, 4, 6 and 8. No random
+    number is drawn. During training, evaluate (end of this file) calls it for both splits, with
+    batches of 4,096 tokens."""
     model.eval()  # switches dropout off: the whole model is measured
     T = model.block_size
     device = next(model.parameters()).device
@@ -606,15 +609,17 @@ def make_optimizers(model):
 
     AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) keeps two averages for each parameter, of
     its gradients g and of their squares. In each step, an average becomes beta · average +
-    (1 - beta) · new value. (They start at 0, which AdamW corrects.) The parameter is moved by
+    (1 - beta) · new value. With beta = 0.9, an old value loses a tenth of its weight in each step,
+    so about the last 10 count. (The averages start at 0. After n steps, AdamW divides them by
+    1 - beta^n: after one step, the average is then g itself.) The parameter is moved by
     -rate · mean(g) / √mean(g²). If g is always 0.001, the quotient is 0.001 / 0.001 = 1. If g is
     always 100, it is 1 as well: all parameters learn at the same speed. If g is 1 and -1 in turn,
     mean(g) is about 0, and the parameter stays.
 
-    Before that, matrices are multiplied by 1 - rate · WEIGHT_DECAY. A small matrix turns a small
-    difference of two inputs into a small difference of its results. To know single sentences by
-    heart, a model must react to small differences. (Biases and LayerNorm are not multiplied: they
-    shift and scale, and so hardly add such reactions.)"""
+    Before that, matrices (those of nn.Embedding as well) are multiplied by 1 - rate · WEIGHT_DECAY.
+    A small matrix turns a small difference of two inputs into a small difference of its results. To
+    know single sentences by heart, a model must react to small differences. (Biases and LayerNorm
+    are not multiplied: they shift and scale, and so hardly add such reactions.)"""
     params = list(model.parameters())
     decay = {"params": [p for p in params if p.dim() == 2], "weight_decay": WEIGHT_DECAY}
     no_decay = {"params": [p for p in params if p.dim() != 2], "weight_decay": 0.0}
@@ -707,10 +712,10 @@ def train(model, tokenizer, optimizers, splits, run):
 
     `run` is a dict with all that its file will hold, among them the seed, max_iters, the last saved
     step, the history {step: losses}, the path of the file (None before the first save), and two
-    sets of parameters: the last ones, to go on with, and the best ones, which generate. The best
-    have the lowest validation loss. (Among several sets, that picks a lucky one: their true loss is
-    a little higher.) Functions behind the lesson print and save: evaluate, save_step,
-    show_progress. UserError: a loss is not finite."""
+    sets of parameters: the last ones, with the averages of the optimizers, to go on with; and the
+    best ones, which generate. The best have the lowest validation loss. (The best of several
+    measured losses is partly luck: on a new text, it would be a little higher.) Functions after the
+    lesson print and save: evaluate, save_step, show_progress. UserError: a loss is not finite."""
     device = next(model.parameters()).device
     peak = LEARNING_RATE if run["init"] == "pretrained" else SCRATCH_LEARNING_RATE
     compiled = compile_model(model) if COMPILE else model  # the same parameters, faster steps
@@ -780,7 +785,8 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     if top_p is not None:
         before = kept.cumsum(0) - kept  # what the likelier tokens have together
         kept = kept.masked_fill(before >= top_p * kept.sum(), 0)  # sum: what top_k has left
-    return torch.zeros(V).scatter(0, ids, kept / kept.sum())  # each back to its own place
+    # Each goes back to its own place: result[ids[i]] = kept[i] / (sum of kept).
+    return torch.zeros(V).scatter(0, ids, kept / kept.sum())
 
 
 @torch.no_grad()
@@ -792,7 +798,7 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     dropped. The others move to positions 0, 1, ..., so their keys and values are computed again,
     and there is room for T / 2 more. To drop one token each time would compute all each time.
 
-    <|endoftext|> ends a document, so it is the last token. What the model would write behind it
+    <|endoftext|> ends a document, so it is the last token. What the model would write after it
     belongs to another document."""
     check(len(ids) > 0, "the prompt has no token: give some text to continue")
     ids = [int(i) for i in ids]
@@ -824,13 +830,13 @@ def for_generation(model):
     longer than the computing, so it sets the time. (In training, a weight once read serves many
     tokens.) Weights of 16 bits are half the bytes. There are two kinds:
 
-                    bits of precision    next number after 1    largest number
-        float32            24                 1.0000001             3e38
-        float16            11                 1.001                 65,504
-        bfloat16            8                 1.008                 3e38
+                    exact digits    next number after 1    largest number
+        float32        7                1.0000001             3e38
+        float16        3                1.001                 65,504
+        bfloat16       2                1.008                 3e38
 
     All weights of GPT-2 are far below 65,504. On a CPU they become float16, and all else stays in
-    float32. (See HalfLinear, behind the lesson. It is a copy: the embedding is needed in float32
+    float32. (See HalfLinear, after the lesson. It is a copy: the embedding is needed in float32
     too.) On a GPU all becomes bfloat16, whatever its size. @HALF@"""
     device = next(model.parameters()).device
     if not HALF_WEIGHTS or device.type == "mps":
@@ -1289,8 +1295,8 @@ def with_half_layers(model):
 class HalfLinear(nn.Module):
     """The layer nn.Linear, with its matrix in float16.
 
-    Its results have 11 bits of precision. Logits of GPT-2 are often about -100, where this means
-    steps of 1/16: a probability can be off by 3%."""
+    Its results are rounded to float16 as well. Logits of GPT-2 are often about -100, where float16
+    has steps of 1/16: a probability can be off by 3%."""
 
     def __init__(self, linear):
         super().__init__()

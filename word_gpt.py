@@ -62,9 +62,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# --- 1. Hyperparameters: edit them, and run again. Each is explained where it is used. ------------
+# --- 1. Hyperparameters: numbers that you choose. Each is explained where it is used. -------------
 NAME = "word_gpt"  # a run is a file: NAME-1.pt, the next one NAME-2.pt
-# Where a line has an else, its first value is for a CUDA GPU that computes in bfloat16.
+# Where a line has an else, its first value is for a GPU of NVIDIA that computes in bfloat16
+# (numbers of 16 bits). They are estimates: no GPU was at hand to try them (tests/RESULTS.md).
 FAST_GPU = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 SEED = 1337  # where all random numbers start, 0 to 2**32 - 1; another one gives another model
 # Data
@@ -85,16 +86,16 @@ DROPOUT = 0.1 if FAST_GPU else 0.0  # share of numbers set to 0 (see FeedForward
 # Optimization
 BATCH_SIZE = 128 if FAST_GPU else 32  # B; more: a more exact gradient, and a slower step
 MAX_ITERS = 10000 if FAST_GPU else 1800  # training steps
-MUON = True  # a better optimizer for most matrices (see behind the lesson); False: AdamW alone
+MUON = True  # a better optimizer for most matrices (after the lesson); False: AdamW alone
 LEARNING_RATE = 1e-3 if FAST_GPU else 5e-3  # the peak; too high: the loss jumps; too low: it crawls
-ADAMW_LEARNING_RATE = 1e-3 if FAST_GPU else 2e-3  # the peak if MUON = False
+ADAMW_LEARNING_RATE = 1e-3 if FAST_GPU else 2e-3  # the peak in place of it if MUON = False
 FINAL_LR = 0.0  # share of the peak that is left at the end; 1: it never falls
 WARMUP_ITERS = 100  # steps until the peak
 BETAS = (0.9, 0.99)  # AdamW averages about 1 / (1 - beta) steps: 10 gradients, 100 squares of them
 WEIGHT_DECAY = 0.1  # pulls matrices towards zero; more: less overfitting
 GRADIENT_CLIP = 1.0  # a longer gradient is cut to this length; None: never
 EVAL_INTERVAL = 300  # steps between two evaluations, which also save the run
-EVAL_ITERS = 10  # pieces of 4,096 tokens in an evaluation; more: more exact, and slower
+EVAL_ITERS = 10  # batches of 4,096 tokens in an evaluation; more: more exact, and slower
 # Generation
 PROMPT = "I think this movie was"  # the text to continue
 SAMPLE_TOKENS = 100  # length of the continuation, in tokens
@@ -1121,7 +1122,7 @@ def load_run(path, device, mmap=False):
         reason = reason.partition(". ")[0][:150]
         kinds = "does not fit this script (edited since?), is of another script, or damaged"
         raise UserError(f"{path} {kinds}: {reason}") from error
-    return run, model.to(device), tokenizer
+    return run, model.to(device).eval(), tokenizer
 
 
 def summary(run):

@@ -168,6 +168,8 @@ def test_a_folder_of_reviews(gpt, tmp_path, monkeypatch):
     for folder in (tmp_path, tmp_path / "aclImdb"):
         with pytest.raises(gpt.UserError, match="has 20 of 50,000 reviews"):
             gpt.read_documents(folder, "spaced")
+        with pytest.raises(gpt.UserError, match="has 20 of 50,000 reviews"):
+            gpt.main(["--data", str(folder)])
     with pytest.raises(gpt.UserError, match=r"a\.zip: unpack it"):
         gpt.read_documents(tmp_path / "a.zip", "spaced")
 

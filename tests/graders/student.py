@@ -422,9 +422,13 @@ def read_sections(path):
 @functools.cache
 def mistakes_of(script, name):
     """Return [(message, code), ...] of the known mistakes of a piece."""
-    piece = find_piece(script, name)
-    found = []
-    for lesson in dict.fromkeys([script, piece.lesson or script]):
-        path = ROOT / "tests" / "graders" / f"mistakes_{lesson}.py"
-        found += [(words, code) for part, words, code in read_sections(path) if part == name]
-    return found
+    found = own_mistakes(script, name)
+    lesson = find_piece(script, name).lesson
+    return found + own_mistakes(lesson, name) if lesson else found
+
+
+@functools.cache
+def own_mistakes(script, name):
+    """Return those that are in the file of this script."""
+    path = ROOT / "tests" / "graders" / f"mistakes_{script}.py"
+    return [(words, code) for part, words, code in read_sections(path) if part == name]
