@@ -1,15 +1,18 @@
 """A GPT in one file, character by character: it reads Shakespeare and learns to write more of it.
 
-A GPT is a function. It takes a text and returns a probability for every token that could come next.
-A token is the unit of text: here a character. The function contains many numbers, its parameters.
-They start random. Training changes them, step by step:
-- The model reads a piece of real text. At each place, it predicts the next token from those before.
+A GPT (generative pre-trained transformer, a neural network) is a function. It takes a text and
+returns a probability for every token that could come next. A token is the unit of text: here a
+character. The function, the model, contains many numbers, its parameters. They start random.
+Training changes them, step by step:
+- The model reads pieces of real text. At each place, it predicts the next token from those before.
 - The loss is -ln p, where p is the probability that the model gave to the true next token: 0 for
   p = 1, and 0.69 for p = 1/2. Its unit is the nat. We report the mean over many tokens.
 - The gradient says, for each parameter, how fast the loss grows if that parameter grows. Each
   parameter is changed in the opposite direction. The learning rate says how far. In the plainest
   rule, with one parameter w = 2, the loss w², the gradient 2w = 4 and the rate 0.1, w becomes
   2 - 0.1 · 4 = 1.6, and the loss falls from 4 to 2.56.
+- A step uses a few random pieces, a batch. Their gradient is an estimate of the gradient over the
+  whole text, which would take too long. It is different for each batch.
 To generate a text, we draw a token from the probabilities, append it to the text, and repeat.
 
     python char_gpt.py                                  train, then continue the PROMPT
@@ -28,7 +31,7 @@ minutes on 2 cores of an AMD EPYC; Linux, Python 3.11, torch 2.13.0, SEED 1337.)
     The captain that e'er this wits to be a fond
     To see self; and that my mouths, some slain,
 
-PyTorch supplies tensors (arrays of numbers), and more that is explained below. Letters of shapes:
+PyTorch supplies tensors (arrays of numbers). The shapes of tensors have these letters (section 3):
     B   batch: pieces of text processed in parallel   H   heads per block
     T   time: tokens in one piece                     hs  head size, C / H
     C   channels: numbers that represent one token    V   vocabulary: number of different tokens
@@ -165,9 +168,9 @@ def get_batch(tokens, batch_size, block_size, device):
 # --- 3. Model -------------------------------------------------------------------------------------
 # The bricks, all from PyTorch:
 # - A layer, nn.Linear(n, m), turns a vector x of n numbers into one of m numbers: y = x W + b. The
-#   matrix W (n × m numbers) and the bias b (m numbers) are parameters: they start random, and
-#   training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1), and b = (10, 20):
-#   y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22).
+#   matrix W (n × m numbers, in PyTorch `weight`) and the bias b (m numbers) are parameters: they
+#   start random, and training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1), and
+#   b = (10, 20): y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22).
 # - nn.Embedding(n, m) is a table of n rows with m numbers each. They are parameters, too. For the
 #   number i, it returns row i.
 # - A module is an object that holds layers and other modules. The classes below are modules. One
@@ -281,8 +284,8 @@ class FeedForward(nn.Module):
     """Two layers for each position on its own (Vaswani et al. 2017, section 3.3).
 
     Attention averages what there is; this computes something new from it. Each of the 4 C numbers
-    between the two layers can detect one pattern in x: it is above 0 if x has it. (The paper took
-    4 C, and so do we.)
+    between the two layers detects one pattern: it is x · (a column of W) + b, so it is above 0 if x
+    points like this column. (The paper took 4 C, and so do we.)
 
     In training, dropout sets a random part of the numbers to 0, and multiplies the others so that
     sums keep their size. The model cannot rely on single numbers: less overfitting."""
@@ -344,8 +347,8 @@ class LM(nn.Module):
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = nn.Linear(n_embed, vocab_size, bias=False)  # no bias, as in GPT-2
         # Small parameters make small logits, so nearly equal probabilities: the loss starts near
-        # ln V. It starts just above, since random differences are seldom right: with the larger
-        # numbers that nn.Linear begins with, it would start at 4.3.
+        # ln V. It starts just above, since a random preference costs more than it gains. With the
+        # larger numbers that nn.Linear begins with, it would start at 4.3.
         nn.init.normal_(self.lm_head.weight, std=0.02)  # random, of size 0.02 as in GPT-2
 
     def forward(self, idx, targets=None):
@@ -412,9 +415,10 @@ def make_optimizers(model):
     mean(g) is about 0, and the parameter stays.
 
     Before that, matrices (those of nn.Embedding as well) are multiplied by 1 - rate · WEIGHT_DECAY.
-    A small matrix turns a small difference of two inputs into a small difference of its results. To
-    know single sentences by heart, a model must react to small differences. (Biases and LayerNorm
-    are not multiplied: they shift and scale, and so hardly add such reactions.)"""
+    A small matrix turns a small difference of two inputs into a small difference of its results,
+    and the rows of a small table are close together. To know single sentences by heart, a model
+    must react to small differences. (Biases and LayerNorm are not multiplied: they shift and scale,
+    and so hardly add such reactions.)"""
     by_muon = []
     if MUON:  # another rule, for the matrices of the blocks: explained after the lesson
         by_muon = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -430,7 +434,7 @@ def make_optimizers(model):
 def get_lr(step, max_iters, peak):
     """Return the learning rate of a step: a line up to the peak, then one down to FINAL_LR · peak.
 
-    It rises because the optimizers' first averages are of few gradients, and inexact. It falls
+    It rises because the optimizers' first averages are of few batches, and inexact. It falls
     because with large steps the parameters keep jumping around the minimum; small ones settle.
     With 100 steps and a peak of 1, the rates of steps 0, 9, 10 and 99 are:
 
@@ -453,7 +457,7 @@ def train_step(model, optimizers, x, y, lr):
     loss.backward()  # computes the gradient: d loss / d parameter, for every parameter
     if GRADIENT_CLIP is not None:
         # The gradient is one long vector. If it is longer than GRADIENT_CLIP, it is scaled down to
-        # this length. A single long one would rule the averages of the next steps: 10 in AdamW.
+        # this length. A single long one would rule AdamW's averages for the next 10 and 100 steps.
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -466,12 +470,14 @@ def train_step(model, optimizers, x, y, lr):
 def train(model, tokenizer, optimizers, splits, run):
     """Train up to step run["max_iters"]. Evaluate and save at every EVAL_INTERVAL steps.
 
-    `run` is a dict with all that its file will hold, among them the seed, max_iters, the last saved
-    step, the history {step: losses}, the path of the file (None before the first save), and two
-    sets of parameters: the last ones, with the averages of the optimizers, to go on with; and the
-    best ones, which generate. The best have the lowest validation loss. (The best of several
-    measured losses is partly luck: on a new text, it would be a little higher.) Functions after the
-    lesson print and save: evaluate, save_step, show_progress. UserError: a loss is not finite."""
+    `run` is a dict with all that its file will hold. Among it are the seed, max_iters, the last
+    saved step, the history {step: losses}, and the path of the file (None before the first save).
+    There are two sets of parameters. "last", with the averages of the optimizers, is for --resume.
+    "best" has the lowest validation loss, and is for generating. (The best of several measured
+    losses is partly luck: on a new text, it would be a little higher.)
+
+    Functions after the lesson print and save: evaluate, save_step, show_progress. UserError: a loss
+    is not finite."""
     device = next(model.parameters()).device
     peak = LEARNING_RATE if MUON else ADAMW_LEARNING_RATE
     start = time.perf_counter() - run["seconds"]  # a resumed run counts its earlier ones
@@ -559,14 +565,14 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 # A matrix W turns a vector x into x W. It makes some vectors longer than others. For example, let W
 # have the rows (5.5, 4.5) and (4.5, 5.5). Then (1, 1) W = (10, 10): in the direction of (1, 1), the
 # factor is 10. And (1, -1) W = (1, -1): in that direction, it is 1. A matrix of 128 × 384 numbers
-# has 128 such directions with their factors, the singular values.
+# has 128 such directions (its shorter side) with their factors, the singular values.
 #
 # Now let this be the gradient of a layer's matrix. In y = x W, y_j is the sum of all x_i · W_ij. So
 # one position of the batch with the input x adds the matrix x_i · d_j to the gradient, where d_j is
-# the derivative of the loss by y_j. For x = (1, 1) and d = (3, 0), its rows are (3, 0) and (3, 0):
-# it turns (1, 1), the direction of x, into (6, 0), and (1, -1) into (0, 0). So the factor is large
-# for a direction that many inputs have, and small for a rare one. Three optimizers make different
-# steps of this gradient:
+# the derivative of the loss by y_j, and x_i that of y_j by W_ij. For x = (1, 1) and d = (3, 0), its
+# rows are (3, 0) and (3, 0): it turns (1, 1), the direction of x, into (6, 0), and (1, -1) into
+# (0, 0). So the factor is large for a direction that many inputs have, and small for a rare one.
+# Three optimizers make different steps of this gradient:
 #
 #                plain gradient     AdamW, first step     Muon
 #                5.5  4.5           1  1                  0.7  0.0
@@ -577,9 +583,9 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 # with the rate 1.1 would become 2 - 1.1 · 4 = -2.4. So it learns little for (1, -1). AdamW makes
 # the numbers equal, not the factors: here it learns nothing for (1, -1). Muon makes the factors
 # equal: it learns as much for rare directions as for frequent ones. After 400 steps, both at the
-# rate that is best for so few (0.016), the loss is 1.66 with Muon, and 1.87 with AdamW alone.
-# Embeddings and lm_head stay with AdamW, as in Jordan et al.: each row belongs to one token, and is
-# learned from this token alone.
+# rate that is best for so few (0.016), the loss is 1.66 with Muon, and 1.87 with AdamW alone. (The
+# 1.73 of "Try this" is with 0.008, which is better for 1,600 steps.) Embeddings and lm_head stay
+# with AdamW, as in Jordan et al.
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
 
@@ -593,7 +599,7 @@ class Muon(torch.optim.Optimizer):
         """Change every matrix. `backward` has filled its `grad`; train_step has set "lr"."""
         for group in self.param_groups:  # a dict: the matrices, "lr" and "weight_decay"
             for p in group["params"]:
-                if p.grad is None:  # not used, or requires_grad is False: left alone
+                if p.grad is None:  # not used, or excluded from training: left alone
                     continue
                 state = self.state[p]  # a dict of our own for each matrix
                 if "average" not in state:
@@ -615,7 +621,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrix):
     """Return the matrix with its factors (singular values) about equal, near 1.
 
-    >>> orthogonalize(torch.tensor([[5.5, 4.5], [4.5, 5.5]])).mul(10).round().abs().tolist()
+    >>> orthogonalize(torch.tensor([[5.5, 4.5], [4.5, 5.5]])).mul(10).abs().round().tolist()
     [[7.0, 0.0], [0.0, 7.0]]
 
     First, the matrix M is divided by its norm, so that no factor is above 1. (The square of the

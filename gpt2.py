@@ -338,7 +338,9 @@ class Cache:
 
     Without a cache, token 3 would need k1, v1, k2 and v2 again, and all layers for tokens 1 and 2.
     It costs memory: for each token 2 · C numbers in each block, 2 · 768 · 12 · 4 bytes = 73,728
-    bytes in all, and 75.5 MB for 1,024 tokens. @CACHE@
+    bytes in all, and 75.5 MB for 1,024 tokens. On one core of
+    an AMD EPYC, the token after 1,000 others takes 18 ms, and 2,180 ms without a cache; the token
+    after 10 others 15 and 93.
 
     There is room for `block_size` tokens from the start. A tensor cannot grow: each token would
     make a copy of it all."""
@@ -835,9 +837,14 @@ def for_generation(model):
         float16        3                1.001                 65,504
         bfloat16       2                1.008                 3e38
 
-    All weights of GPT-2 are far below 65,504. On a CPU they become float16, and all else stays in
-    float32. (See HalfLinear, after the lesson. It is a copy: the embedding is needed in float32
-    too.) On a GPU all becomes bfloat16, whatever its size. @HALF@"""
+    All weights of GPT-2 are far below 65,504. On a CPU, HalfLinear (after the lesson) copies them
+    to float16, beside the parameters in float32: 0.25 GB more. All else stays in float32. On a GPU
+    there is a copy of the model with all its numbers in bfloat16, for which none is too large.
+
+    Measured on 2 cores of an AMD EPYC: a token takes 31 ms with float32, and 9 ms with float16. Of
+    these, 6 ms are for the products. They read the weights at 80% of the speed that the memory
+    allows. Attention takes 0.5 ms, the draw 1 ms. The rest are some 300 small operators, and
+    Python, which starts them."""
     device = next(model.parameters()).device
     if not HALF_WEIGHTS or device.type == "mps":
         return model
@@ -1293,23 +1300,22 @@ def with_half_layers(model):
 
 
 class HalfLinear(nn.Module):
-    """The layer nn.Linear, with its matrix in float16.
+    """A layer nn.Linear that has a copy of its matrix in float16, and uses it for single tokens.
 
     Its results are rounded to float16 as well. Logits of GPT-2 are often about -100, where float16
     has steps of 1/16: a probability can be off by 3%."""
 
     def __init__(self, linear):
         super().__init__()
-        self.weight = linear.weight.detach().half()
-        self.bias = linear.bias
+        self.linear = linear
+        self.half = linear.weight.detach().half()
 
     def forward(self, x):
         """Compute x W + b of x (B, T, n): (B, T, m)."""
-        if x.shape[1] == 1:
-            y = F.linear(x.half(), self.weight).float()  # PyTorch sums in float32
-        else:  # many tokens: products of float32 are faster
-            y = F.linear(x, self.weight.float())
-        return y if self.bias is None else y + self.bias
+        if x.shape[1] > 1:  # a prompt: each weight serves many tokens, so reading takes no time
+            return self.linear(x)
+        y = F.linear(x.half(), self.half).float()  # PyTorch sums the products in float32
+        return y if self.linear.bias is None else y + self.linear.bias
 
 
 # --- 7. Flags, errors, main -----------------------------------------------------------------------

@@ -20,9 +20,16 @@ Block; in section 4, all but estimate_loss; in section 5, next_token_probabiliti
     python word_gpt.py --resume --max-iters 3000      train the newest run further
     python word_gpt.py --data mytext.txt              train on paragraphs of a text; -h: all flags
 
-@@HEADER@@
+Before training, each of the 36,980 words costs about ln 36,980 = 10.52 nats. After training, the
+loss is 5.31 on the validation part: the model is as unsure as if it chose among 203 equally likely
+words, and 18.03% of its first guesses are right. (5.3119 there, 5.3219 on the test; 1.4 bits per
+character. @@TIME@@ on 2 cores of an AMD EPYC; Linux, Python 3.11, torch 2.13.0, SEED 1337.)
+estimate_loss says what to compare this with. It writes:
 
-PyTorch supplies tensors (arrays of numbers), and more that is explained below. Letters of shapes:
+    i think this movie was stupid the movie was funny a decent little acting and the actors were
+    beautiful and its never worth the wait for it to watch
+
+PyTorch supplies tensors (arrays of numbers). The shapes of tensors have these letters (section 3):
     B   batch: pieces of text processed in parallel   H   heads per block
     T   time: tokens in one piece                     hs  head size, C / H
     C   channels: numbers that represent one token    V   vocabulary: number of different tokens
@@ -242,7 +249,7 @@ def split_text(documents, tokenizer):
         for text in texts:
             ids.extend(tokenizer.encode_clean(text))
             ids.append(tokenizer.eos)
-        splits[split] = torch.tensor(ids, dtype=torch.int32)
+        splits[split] = torch.frombuffer(ids, dtype=torch.int32)  # the same memory as a tensor
     return splits
 
 
@@ -291,8 +298,8 @@ def get_batch(tokens, batch_size, block_size, device):
 # --- 3. Model -------------------------------------------------------------------------------------
 # The bricks, all from PyTorch:
 # - A layer, nn.Linear(n, m), turns a vector x of n numbers into one of m numbers: y = x W + b. The
-#   matrix W (n × m numbers) and the bias b (m numbers) are parameters: they start random, and
-#   training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1), and b = (10, 20):
+#   matrix W (n × m numbers, in PyTorch `weight`) and the bias b (m numbers) are parameters: they
+#   start random, and training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1), and b = (10, 20):
 #   y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22).
 # - nn.Embedding(n, m) is a table of n rows with m numbers each. They are parameters, too. For the
 #   number i, it returns row i.
@@ -399,8 +406,8 @@ class FeedForward(nn.Module):
     """Two layers for each position on its own (Vaswani et al. 2017, section 3.3).
 
     Attention averages what there is; this computes something new from it. Each of the 4 C numbers
-    between the two layers can detect one pattern in x: it is above 0 if x has it. (The paper took
-    4 C, and so do we.)
+    between the two layers detects one pattern: it is x · (a column of W) + b, so it is above 0 if x
+    points like this column. (The paper took 4 C, and so do we.)
 
     In training, dropout sets a random part of the numbers to 0, and multiplies the others so that
     sums keep their size. The model cannot rely on single numbers: less overfitting."""
@@ -604,10 +611,10 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
         nothing: always "the"            no end   no end       5.82%     P = 0 for all other words
         how frequent each word is        6.90     994          5.82%
         the word before (counted)        5.69     296          14.17%
-        this model                       @L@     @P@          @A@
+        this model                       5.31     203          18.03%
 
     A loss per word and one per character do not compare: a word has 5.4 characters, with the space.
-    Bits per character do: loss / ln 2 / 5.4 = @BITS@. `measure` prints them.
+    Bits per character do: 5.31 / ln 2 / 5.4 = 1.42. Those of the test part are 1.42, too.
 
     Each document is cut into windows side by side, so each of its tokens but the first is a target
     once. With `eval_iters`, at most that many batches are used, evenly spread. No random number is
@@ -652,9 +659,10 @@ def make_optimizers(model):
     mean(g) is about 0, and the parameter stays.
 
     Before that, matrices (those of nn.Embedding as well) are multiplied by 1 - rate · WEIGHT_DECAY.
-    A small matrix turns a small difference of two inputs into a small difference of its results. To
-    know single sentences by heart, a model must react to small differences. (Biases and LayerNorm
-    are not multiplied: they shift and scale, and so hardly add such reactions.)"""
+    A small matrix turns a small difference of two inputs into a small difference of its results,
+    and the rows of a small table are close together. To know single sentences by heart, a model
+    must react to small differences. (Biases and LayerNorm are not multiplied: they shift and scale,
+    and so hardly add such reactions.)"""
     by_muon = []
     if MUON:  # another rule, for the matrices of the blocks: explained after the lesson
         by_muon = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -670,7 +678,7 @@ def make_optimizers(model):
 def get_lr(step, max_iters, peak):
     """Return the learning rate of a step: a line up to the peak, then one down to FINAL_LR · peak.
 
-    It rises because the optimizers' first averages are of few gradients, and inexact. It falls
+    It rises because the optimizers' first averages are of few batches, and inexact. It falls
     because with large steps the parameters keep jumping around the minimum; small ones settle.
     With 100 steps and a peak of 1, the rates of steps 0, 9, 10 and 99 are:
 
@@ -693,7 +701,7 @@ def train_step(model, optimizers, x, y, lr):
     loss.backward()  # computes the gradient: d loss / d parameter, for every parameter
     if GRADIENT_CLIP is not None:
         # The gradient is one long vector. If it is longer than GRADIENT_CLIP, it is scaled down to
-        # this length. A single long one would rule the averages of the next steps: 10 in AdamW.
+        # this length. A single long one would rule AdamW's averages for the next 10 and 100 steps.
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -706,12 +714,14 @@ def train_step(model, optimizers, x, y, lr):
 def train(model, tokenizer, optimizers, splits, run):
     """Train up to step run["max_iters"]. Evaluate and save at every EVAL_INTERVAL steps.
 
-    `run` is a dict with all that its file will hold, among them the seed, max_iters, the last saved
-    step, the history {step: losses}, the path of the file (None before the first save), and two
-    sets of parameters: the last ones, with the averages of the optimizers, to go on with; and the
-    best ones, which generate. The best have the lowest validation loss. (The best of several
-    measured losses is partly luck: on a new text, it would be a little higher.) Functions after the
-    lesson print and save: evaluate, save_step, show_progress. UserError: a loss is not finite."""
+    `run` is a dict with all that its file will hold. Among it are the seed, max_iters, the last
+    saved step, the history {step: losses}, and the path of the file (None before the first save).
+    There are two sets of parameters. "last", with the averages of the optimizers, is for --resume.
+    "best" has the lowest validation loss, and is for generating. (The best of several measured
+    losses is partly luck: on a new text, it would be a little higher.)
+
+    Functions after the lesson print and save: evaluate, save_step, show_progress. UserError: a loss
+    is not finite."""
     device = next(model.parameters()).device
     peak = LEARNING_RATE if MUON else ADAMW_LEARNING_RATE
     start = time.perf_counter() - run["seconds"]  # a resumed run counts its earlier ones
@@ -803,7 +813,11 @@ def beam_search(model, ids, max_new_tokens, beams):
     needed: 100 words with P = 0.01 have 10^-200 together, which float32 rounds to 0; the sum of
     their ln is -461.
 
-    @@BEAMSAMPLE@@"""
+    Is the likeliest text a good one? After "I think this movie was", generate drew "stupid the
+    movie was funny a decent little acting and the actors were beautiful ...". 5 beams found "so bad
+    that it was so bad that it was so bad that it was ...". A phrase that fits every film is likely,
+    and likelier still once it is there. People do not write what is likeliest (Holtzman et al.
+    2019)."""
     check(len(ids) > 0, "the prompt has no token: give some text to continue")
     device = next(model.parameters()).device
     model.eval()  # switches dropout off
@@ -841,7 +855,10 @@ def attention_weights(model, ids):
         1    0       1  0     1    0
         0.3  0.7  @  0  1  =  0.3  0.7      row 1: the second word weighs the first one with 0.3
 
-    main draws them into NAME-1_attention.png. @@PICTURE@@"""
+    main draws them into NAME-1_attention.png. A row is what one word looks at. With the defaults,
+    head 1 of block 1 has a dark diagonal: each word looks at itself. Head 2 is dark left of it: it
+    looks at the word before. Head 2 of block 2 has pale columns above "movie", "stupid" and
+    "funny": many later words look at them."""
     found = []
 
     # A hook: PyTorch calls look(head, inputs, output) after each call of a Head.
@@ -874,11 +891,11 @@ def attention_weights(model, ids):
 # A matrix W turns a vector x into x W. It makes some vectors longer than others. For example, let W
 # have the rows (5.5, 4.5) and (4.5, 5.5). Then (1, 1) W = (10, 10): in the direction of (1, 1), the
 # factor is 10. And (1, -1) W = (1, -1): in that direction, it is 1. A matrix of 128 × 384 numbers
-# has 128 such directions with their factors, the singular values.
+# has 128 such directions (its shorter side) with their factors, the singular values.
 #
 # Now let this be the gradient of a layer's matrix. In y = x W, y_j is the sum of all x_i · W_ij. So
 # one position of the batch with the input x adds the matrix x_i · d_j to the gradient, where d_j is
-# the derivative of the loss by y_j. For x = (1, 1) and d = (3, 0), its rows are (3, 0) and (3, 0):
+# the derivative of the loss by y_j, and x_i that of y_j by W_ij. For x = (1, 1) and d = (3, 0), its rows are (3, 0) and (3, 0):
 # it turns (1, 1), the direction of x, into (6, 0), and (1, -1) into (0, 0). So the factor is large
 # for a direction that many inputs have, and small for a rare one. Three optimizers make different
 # steps of this gradient:
@@ -892,9 +909,9 @@ def attention_weights(model, ids):
 # with the rate 1.1 would become 2 - 1.1 · 4 = -2.4. So it learns little for (1, -1). AdamW makes
 # the numbers equal, not the factors: here it learns nothing for (1, -1). Muon makes the factors
 # equal: it learns as much for rare directions as for frequent ones. After 400 steps, both at the
-# rate that is best for so few (0.016), the loss is 1.66 with Muon, and 1.87 with AdamW alone.
-# Embeddings and lm_head stay with AdamW, as in Jordan et al.: each row belongs to one token, and is
-# learned from this token alone.
+# rate that is best for so few (0.016), the loss is 1.66 with Muon, and 1.87 with AdamW alone. (The
+# 1.73 of "Try this" is with 0.008, which is better for 1,600 steps.) Embeddings and lm_head stay
+# with AdamW, as in Jordan et al.
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
 
@@ -908,7 +925,7 @@ class Muon(torch.optim.Optimizer):
         """Change every matrix. `backward` has filled its `grad`; train_step has set "lr"."""
         for group in self.param_groups:  # a dict: the matrices, "lr" and "weight_decay"
             for p in group["params"]:
-                if p.grad is None:  # not used, or requires_grad is False: left alone
+                if p.grad is None:  # not used, or excluded from training: left alone
                     continue
                 state = self.state[p]  # a dict of our own for each matrix
                 if "average" not in state:
@@ -930,7 +947,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrix):
     """Return the matrix with its factors (singular values) about equal, near 1.
 
-    >>> orthogonalize(torch.tensor([[5.5, 4.5], [4.5, 5.5]])).mul(10).round().abs().tolist()
+    >>> orthogonalize(torch.tensor([[5.5, 4.5], [4.5, 5.5]])).mul(10).abs().round().tolist()
     [[7.0, 0.0], [0.0, 7.0]]
 
     First, the matrix M is divided by its norm, so that no factor is above 1. (The square of the
@@ -1050,7 +1067,8 @@ def resume(run, model, optimizers, flags):
         print(f"the run had {run['optimizer_names']}: the averages of other optimizers start anew")
     edited = differences(constants(), run["constants"])
     # What the run has under the same name is kept: sizes, DROPOUT, SEED and MAX_ITERS.
-    kept = [name for name in edited if name.lower() in run | run["config"]]
+    own = run | run["config"]
+    kept = [name for name in edited if name.lower() in own and name != "PROMPT"]
     used = {name: value for name, value in edited.items() if name not in kept}
     if edited:
         print(f"edited since: {', '.join(kept) or 'nothing'} (the run's values are kept)", end="; ")
@@ -1531,6 +1549,7 @@ def prepare(flags, device):
     if flags.resume:
         resume(run, model, optimizers, flags)
     splits = split_text(documents, tokenizer)
+    del documents["train"]  # 70 MB, which are not needed any more
     name_text(run, path, "\n".join(documents["val"]), len(splits["train"]))
     run["prompt"] = choose_prompt(flags, run, tokenizer)
     print(f"{path}: V = {tokenizer.vocab_size:,}, ln V = {math.log(tokenizer.vocab_size):.4f}")
@@ -1591,7 +1610,9 @@ def main(argv=None):
     if not flags.sample:
         test = splits.pop("test")  # not looked at before the end
         train(model, tokenizer, optimizers, splits, run)
-        run, model, tokenizer = load_run(run["path"], device)
+        path = run["path"]
+        del run, model, optimizers  # the file has them all: not twice in memory
+        run, model, tokenizer = load_run(path, device)
         results |= measure(run, model, splits | {"test": test}, documents)
     torch.manual_seed(run["seed"])
     text = write_sample(model, tokenizer, run["prompt"])

@@ -330,14 +330,20 @@ def test_generation_stops_at_the_end_of_a_document(gpt, model):
 
 
 def test_weights_of_16_bits_are_close_and_leave_the_model_alone(gpt, model):
-    idx = torch.randint(260, (1, 32))
     weights = {name: p.clone() for name, p in model.named_parameters()}
     quick = gpt.for_generation(model)
-    exact, rounded = model(idx)[0], quick(idx)[0]
-    assert 0 < (rounded - exact).abs().max() < 1e-2 * exact.abs().max()
+    caches = [gpt.Cache(32) for _ in model.blocks]
+    idx = torch.randint(END, (1, 32))
+    exact = model(idx)[0]
+    assert torch.equal(quick(idx)[0], exact)  # many tokens at once have float32
+    for i in range(32):
+        rounded = quick(idx[:, i : i + 1], caches=caches)[0]
+        assert 0 < (rounded[0, 0] - exact[0, i]).abs().max() < 1e-2 * exact.abs().max()
     list(gpt.generate(quick, [1, 2], 5))
     assert isinstance(model.lm_head, nn.Linear)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    ours, copied = ({p.data_ptr() for p in m.parameters()} for m in (model, quick))
+    assert copied == ours  # no parameter is in memory twice
     gpt.HALF_WEIGHTS = False
     assert gpt.for_generation(model) is model
 

@@ -889,6 +889,10 @@ get_batch = batch_with(starts=lambda N, B, T: torch.randint((N - 1) // T, (B, 1)
 get_batch = batch_with(pick=lambda tokens, places: tokens[torch.randint(len(tokens), places.shape)])
 
 
+# --- get_batch: only one window is drawn: `return` stands inside the loop.
+get_batch = batch_with(B=lambda B: 1)
+
+
 # --- get_batch: x and y are drawn independently: y must be the tokens after those of the same x.
 def get_batch(tokens, batch_size, block_size, device):
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1))
@@ -2085,6 +2089,10 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     return {"loss": total / count}
 
 
+# --- estimate_loss: the short last window counts as much as a whole one: weight each loss with the number of its targets.
+estimate_loss = estimate_with(size=lambda batch_size: 1, mean=lambda losses, counts: sum(losses) / len(losses))
+
+
 # --- estimate_loss: the last token is repeated as a target, to fill the last window: make those -100.
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
     T = model.block_size
@@ -2675,6 +2683,10 @@ get_lr = rates_with(left=lambda step, n, w: (n - 1 - step) / (n - w))
 
 # --- get_lr: the rate ends too early: step max_iters, one after the last, has FINAL_LR · peak.
 get_lr = rates_with(left=lambda step, n, w: (n - 1 - step) / (n - 1 - w))
+
+
+# --- get_lr: the rate is constant: a line up to the peak, then a line down.
+get_lr = rates_with(up=lambda step, warmup: 1.0, down=lambda left: 1.0)
 
 
 # --- get_lr: there is no warm-up: the rate begins at the peak.

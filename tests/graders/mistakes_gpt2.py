@@ -830,8 +830,8 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 generate = writer_with(fresh=False)
 
 
-# --- generate: only one token is dropped: then everything is computed anew for each token. Drop the older half.
-generate = writer_with(half=lambda T: T)
+# --- generate: only one token is dropped at a time: then all is computed anew for each token. Drop the older half.
+generate = writer_with(half=lambda T: T, crop=lambda ids, T: ids[-T:])
 
 
 # --- generate: the older half is dropped one token too early: when there are more than block_size tokens.

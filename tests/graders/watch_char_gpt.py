@@ -73,6 +73,7 @@ def watch_get_batch(gpt, tokens=TOKENS):
     for row, target in zip(rows, y.tolist(), strict=True):
         targets.add(tuple(place.get(token, -99) - row[0] for token in target))
     yield "places of a row of y, counted from the first token of x", sorted(map(list, targets))
+    yield "number of different places where 256 windows begin", len(first)
     yield "places where 256 windows of a text of 12 tokens begin", first
     calls = [gpt.get_batch(text, 4, T, "cpu")[0] for _ in range(3)]
     yield "three batches", Varies([call.tolist() for call in calls])
@@ -273,6 +274,8 @@ def watch_estimate_loss(gpt, dtype=torch.int64):
     model = Table(table).train()
     state = torch.get_rng_state()
     losses = gpt.estimate_loss(model, tokens, 2)
+    again = gpt.estimate_loss(Table(table), tokens, 2)
+    yield "losses of two calls", Varies([float(entry(x, "estimate_loss", "loss")) for x in (losses, again)])
     yield "loss of 22 targets", entry(losses, "estimate_loss", "loss")
     yield "loss in batches of 4 windows", gpt.estimate_loss(model, tokens, 4)["loss"]
     yield "loss of 20 targets", gpt.estimate_loss(model, tokens[:21], 2)["loss"]
@@ -390,7 +393,8 @@ def watch_train_step(gpt, batch=3):
     x, y = torch.randint(7, (2, batch, 4))
     model = Table(0.3 * numbers(7, 7), scale=10.0).eval()
     other = nn.Parameter(numbers(3))  # it has no gradient
-    optimizers = [NotedSGD([p], lr=9.0) for p in (model.table, other, model.bias)]
+    optimizers = [torch.optim.SGD([p], lr=9.0) for p in (other, model.bias)]
+    optimizers.insert(0, NotedSGD([model.table], lr=9.0))
     NotedSGD.events = events = []
     model.table.register_hook(lambda gradient: events.append("backward"))
     for step, clip in enumerate((None, None, 0.1, 0.1, 100.0)):
