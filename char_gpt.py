@@ -1,8 +1,9 @@
 """A GPT in one file, character by character: it reads Shakespeare and learns to write more of it.
 
-A GPT (generative pre-trained transformer, a neural network) is a function. It takes a text and
-returns a probability for every token that could come next. A token is the unit of text: here a
-character. The function, the model, contains many numbers, its parameters. They start random.
+A GPT (generative pre-trained transformer) is a function. It takes a text and returns a probability
+for every token that could come next. A token is the unit of text: here a character. The function,
+the model, contains many numbers, its parameters. It is a neural network, a chain of layers that
+multiply and add; a transformer's special one is attention (section 3). The parameters start random.
 Training changes them, step by step:
 - The model reads pieces of real text. At each place, it predicts the next token from those before.
 - The loss is -ln p, where p is the probability that the model gave to the true next token: 0 for
@@ -201,7 +202,7 @@ def get_batch(tokens, batch_size, block_size, device):
 #             from all that it has                      -0.40   0.34   0.04  -0.02
 #             embeddings + MultiHead + FeedForward      -0.45  -0.71  -0.26  -0.72
 #   LM        ln_f, a LayerNorm: mean 0, deviation 1:    0.44  -0.91   1.43  -0.96
-#           * ln_f, 4 + 4: each number is multiplied by a learned one, then one is added:
+#           * ln_f, 4 + 4: each number times a learned one, plus a learned one:
 #                                                        1.79  -1.66   3.04  -2.17
 #           * lm_head, 4 × 7: one logit for each possible next token, (B, T, V); softmax of them
 #                                   " "    "b"    "e"    "n"    "o"    "r"    "t"
@@ -284,8 +285,9 @@ class FeedForward(nn.Module):
     """Two layers for each position on its own (Vaswani et al. 2017, section 3.3).
 
     Attention averages what there is; this computes something new from it. Each of the 4 C numbers
-    between the two layers detects one pattern: it is x · (a column of W) + b, so it is above 0 if x
-    points like this column. (The paper took 4 C, and so do we.)
+    between the two layers detects one pattern: it is x · (a column of W) + b, above 0 if x points
+    enough like this column. relu keeps that, and turns the rest into 0. (The paper took 4 C, and so
+    do we.)
 
     In training, dropout sets a random part of the numbers to 0, and multiplies the others so that
     sums keep their size. The model cannot rely on single numbers: less overfitting."""
@@ -312,9 +314,9 @@ class Block(nn.Module):
 
     LayerNorm shifts and scales the C numbers of each position to mean 0 and standard deviation 1.
     Then it multiplies each channel by a learned number, and adds a learned one. So attention and
-    feed-forward get numbers of a steady size, however large the sum x has grown. In a block,
-    LayerNorm is applied inside f, not to the sum, so the derivative keeps its 1 (Xiong et al. 2020,
-    arXiv 2002.04745)."""
+    feed-forward get numbers of a steady size, however large the sum x has grown. (Large ones would
+    push the softmax of Head to weights of 0 and 1.) In a block, LayerNorm is applied inside f, not
+    to the sum, so the derivative keeps its 1 (Xiong et al. 2020, arXiv 2002.04745)."""
 
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -347,8 +349,9 @@ class LM(nn.Module):
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = nn.Linear(n_embed, vocab_size, bias=False)  # no bias, as in GPT-2
         # Small parameters make small logits, so nearly equal probabilities: the loss starts near
-        # ln V. It starts just above, since a random preference costs more than it gains. With the
-        # larger numbers that nn.Linear begins with, it would start at 4.3.
+        # ln V. It starts just above: if one of two tokens gets 0.6 rather than 0.5, the loss is
+        # 0.51 when it comes, but 0.92 when the other comes, and the mean 0.71 is above ln 2 = 0.69.
+        # With the larger numbers that nn.Linear begins with, it would start at 4.3.
         nn.init.normal_(self.lm_head.weight, std=0.02)  # random, of size 0.02 as in GPT-2
 
     def forward(self, idx, targets=None):
@@ -420,7 +423,9 @@ def make_optimizers(model):
     must react to small differences. (Biases and LayerNorm are not multiplied: they shift and scale,
     and so hardly add such reactions.)"""
     by_muon = []
-    if MUON:  # another rule, for the matrices of the blocks: explained after the lesson
+    # By default, Muon changes the matrices of the blocks. It averages gradients as well, but makes
+    # the step equally large in all directions of a matrix: see section 6, after the lesson.
+    if MUON:
         by_muon = [p for p in model.blocks.parameters() if p.dim() == 2]
     # `is`, as `in` would compare the numbers of two parameters.
     others = [p for p in model.parameters() if not any(p is matrix for matrix in by_muon)]
@@ -454,7 +459,7 @@ def train_step(model, optimizers, x, y, lr):
     """Change the parameters once, to lower the loss on x, y (B, T). Return the loss before it."""
     model.train()  # switches dropout on
     _, loss = model(x, y)
-    loss.backward()  # computes the gradient: d loss / d parameter, for every parameter
+    loss.backward()  # computes the gradient: d loss / d parameter, into `grad` of each parameter
     if GRADIENT_CLIP is not None:
         # The gradient is one long vector. If it is longer than GRADIENT_CLIP, it is scaled down to
         # this length. A single long one would rule AdamW's averages for the next 10 and 100 steps.
@@ -462,7 +467,7 @@ def train_step(model, optimizers, x, y, lr):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()  # changes the parameters, against the gradient
+        optimizer.step()  # reads `grad`, and changes the parameters against it
         optimizer.zero_grad()  # otherwise the next gradient would be added to this one
     return loss.detach()  # the number alone, without what is remembered
 
@@ -568,11 +573,11 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 # has 128 such directions (its shorter side) with their factors, the singular values.
 #
 # Now let this be the gradient of a layer's matrix. In y = x W, y_j is the sum of all x_i · W_ij. So
-# one position of the batch with the input x adds the matrix x_i · d_j to the gradient, where d_j is
-# the derivative of the loss by y_j, and x_i that of y_j by W_ij. For x = (1, 1) and d = (3, 0), its
-# rows are (3, 0) and (3, 0): it turns (1, 1), the direction of x, into (6, 0), and (1, -1) into
-# (0, 0). So the factor is large for a direction that many inputs have, and small for a rare one.
-# Three optimizers make different steps of this gradient:
+# W_ij changes y_j by the factor x_i. Let d_j be the derivative of the loss by y_j. By the chain
+# rule, one position of the batch adds the matrix x_i · d_j to the gradient. For x = (1, 1) and
+# d = (3, 0), its rows are (3, 0) and (3, 0): it turns (1, 1), the direction of x, into (6, 0), and
+# (1, -1) into (0, 0). So the factor is large for a direction that many inputs have, and small for a
+# rare one. Three optimizers make different steps of this gradient:
 #
 #                plain gradient     AdamW, first step     Muon
 #                5.5  4.5           1  1                  0.7  0.0

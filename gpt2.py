@@ -252,9 +252,9 @@ def get_batch(tokens, batch_size, block_size, device):
 # --- 3. Model -------------------------------------------------------------------------------------
 # The bricks, all from PyTorch:
 # - A layer, nn.Linear(n, m), turns a vector x of n numbers into one of m numbers: y = x W + b. The
-#   matrix W (n × m numbers) and the bias b (m numbers) are parameters: they start random, and
-#   training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1), and b = (10, 20):
-#   y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22).
+#   matrix W (n × m numbers, in PyTorch `weight`) and the bias b (m numbers) are parameters: they
+#   start random, and training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1), and
+#   b = (10, 20): y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22).
 # - nn.Embedding(n, m) is a table of n rows with m numbers each. They are parameters, too. For the
 #   number i, it returns row i.
 # - A module is an object that holds layers and other modules. The classes below are modules. One
@@ -397,8 +397,8 @@ class FeedForward(nn.Module):
     """Two layers for each position on its own (Vaswani et al. 2017, section 3.3).
 
     Attention averages what there is; this computes something new from it. Each of the 4 C numbers
-    between the two layers can detect one pattern in x: it is above 0 if x has it. (The paper took
-    4 C, and so do we.)
+    between the two layers detects one pattern: it is x · (a column of W) + b, so it is above 0 if x
+    points like this column. (The paper took 4 C, and so do we.)
 
     In training, dropout sets a random part of the numbers to 0, and multiplies the others so that
     sums keep their size. The model cannot rely on single numbers: less overfitting."""
@@ -619,9 +619,10 @@ def make_optimizers(model):
     mean(g) is about 0, and the parameter stays.
 
     Before that, matrices (those of nn.Embedding as well) are multiplied by 1 - rate · WEIGHT_DECAY.
-    A small matrix turns a small difference of two inputs into a small difference of its results. To
-    know single sentences by heart, a model must react to small differences. (Biases and LayerNorm
-    are not multiplied: they shift and scale, and so hardly add such reactions.)"""
+    A small matrix turns a small difference of two inputs into a small difference of its results,
+    and the rows of a small table are close together. To know single sentences by heart, a model
+    must react to small differences. (Biases and LayerNorm are not multiplied: they shift and scale,
+    and so hardly add such reactions.)"""
     params = list(model.parameters())
     decay = {"params": [p for p in params if p.dim() == 2], "weight_decay": WEIGHT_DECAY}
     no_decay = {"params": [p for p in params if p.dim() != 2], "weight_decay": 0.0}
@@ -632,7 +633,7 @@ def make_optimizers(model):
 def get_lr(step, max_iters, peak):
     """Return the learning rate of a step: a line up to the peak, then one down to FINAL_LR · peak.
 
-    It rises because the optimizers' first averages are of few gradients, and inexact. It falls
+    It rises because the optimizers' first averages are of few batches, and inexact. It falls
     because with large steps the parameters keep jumping around the minimum; small ones settle.
     With 100 steps and a peak of 1, the rates of steps 0, 9, 10 and 99 are:
 
@@ -712,12 +713,14 @@ def train_step(model, optimizers, x, y, lr):
 def train(model, tokenizer, optimizers, splits, run):
     """Train up to step run["max_iters"]. Evaluate and save at every EVAL_INTERVAL steps.
 
-    `run` is a dict with all that its file will hold, among them the seed, max_iters, the last saved
-    step, the history {step: losses}, the path of the file (None before the first save), and two
-    sets of parameters: the last ones, with the averages of the optimizers, to go on with; and the
-    best ones, which generate. The best have the lowest validation loss. (The best of several
-    measured losses is partly luck: on a new text, it would be a little higher.) Functions after the
-    lesson print and save: evaluate, save_step, show_progress. UserError: a loss is not finite."""
+    `run` is a dict with all that its file will hold. Among it are the seed, max_iters, the last
+    saved step, the history {step: losses}, and the path of the file (None before the first save).
+    There are two sets of parameters. "last", with the averages of the optimizers, is for --resume.
+    "best" has the lowest validation loss, and is for generating. (The best of several measured
+    losses is partly luck: on a new text, it would be a little higher.)
+
+    Functions after the lesson print and save: evaluate, save_step, show_progress. UserError: a loss
+    is not finite."""
     device = next(model.parameters()).device
     peak = LEARNING_RATE if run["init"] == "pretrained" else SCRATCH_LEARNING_RATE
     compiled = compile_model(model) if COMPILE else model  # the same parameters, faster steps
@@ -985,7 +988,8 @@ def resume(run, model, optimizers, flags):
         print(f"the run had {run['optimizer_names']}: the averages of other optimizers start anew")
     edited = differences(constants(), run["constants"])
     # What the run has under the same name is kept: sizes, DROPOUT, SEED and MAX_ITERS.
-    kept = [name for name in edited if name.lower() in run | run["config"]]
+    own = run | run["config"]
+    kept = [name for name in edited if name.lower() in own and name != "PROMPT"]
     used = {name: value for name, value in edited.items() if name not in kept}
     if edited:
         print(f"edited since: {', '.join(kept) or 'nothing'} (the run's values are kept)", end="; ")

@@ -23,7 +23,7 @@ Block; in section 4, all but estimate_loss; in section 5, next_token_probabiliti
 Before training, each of the 36,980 words costs about ln 36,980 = 10.52 nats. After training, the
 loss is 5.31 on the validation part: the model is as unsure as if it chose among 203 equally likely
 words, and 18.03% of its first guesses are right. (5.3119 there, 5.3219 on the test; 1.4 bits per
-character. @@TIME@@ on 2 cores of an AMD EPYC; Linux, Python 3.11, torch 2.13.0, SEED 1337.)
+character. About 5 minutes on 2 cores of an AMD EPYC; Linux, Python 3.11, torch 2.13.0, SEED 1337.)
 estimate_loss says what to compare this with. It writes:
 
     i think this movie was stupid the movie was funny a decent little acting and the actors were
@@ -299,8 +299,8 @@ def get_batch(tokens, batch_size, block_size, device):
 # The bricks, all from PyTorch:
 # - A layer, nn.Linear(n, m), turns a vector x of n numbers into one of m numbers: y = x W + b. The
 #   matrix W (n × m numbers, in PyTorch `weight`) and the bias b (m numbers) are parameters: they
-#   start random, and training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1), and b = (10, 20):
-#   y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22).
+#   start random, and training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1), and
+#   b = (10, 20): y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22).
 # - nn.Embedding(n, m) is a table of n rows with m numbers each. They are parameters, too. For the
 #   number i, it returns row i.
 # - A module is an object that holds layers and other modules. The classes below are modules. One
@@ -883,7 +883,14 @@ def attention_weights(model, ids):
     return found
 
 
-# Try this, one edit at a time, with --max-iters 300, and compare with --runs. @@TRY@@
+# Try this, one edit at a time. They need no training: python word_gpt.py --sample --seed 1337. Each
+# of these texts continues "I think this movie was":
+# - TEMPERATURE = 0: "a great movie but i was very disappointed with the story and the story is a
+#   very good story and the story is very good and the story is". Greedy texts repeat themselves.
+# - TEMPERATURE = 2: "social contain crappy animations tightly hostilities favourites moral". 35,000
+#   words are unlikely, but each of them got a little more: now they win together.
+# - TEMPERATURE = 1, TOP_P = 0.5: "good i dont think i was laughing at the time the whole movie is a
+#   lot more fun than the first movie". The unlikely half is never drawn.
 
 
 # --- The lesson ends here. What follows: a better optimizer, files, flags and errors. -------------
@@ -895,10 +902,10 @@ def attention_weights(model, ids):
 #
 # Now let this be the gradient of a layer's matrix. In y = x W, y_j is the sum of all x_i · W_ij. So
 # one position of the batch with the input x adds the matrix x_i · d_j to the gradient, where d_j is
-# the derivative of the loss by y_j, and x_i that of y_j by W_ij. For x = (1, 1) and d = (3, 0), its rows are (3, 0) and (3, 0):
-# it turns (1, 1), the direction of x, into (6, 0), and (1, -1) into (0, 0). So the factor is large
-# for a direction that many inputs have, and small for a rare one. Three optimizers make different
-# steps of this gradient:
+# the derivative of the loss by y_j, and x_i that of y_j by W_ij. For x = (1, 1) and d = (3, 0), its
+# rows are (3, 0) and (3, 0): it turns (1, 1), the direction of x, into (6, 0), and (1, -1) into
+# (0, 0). So the factor is large for a direction that many inputs have, and small for a rare one.
+# Three optimizers make different steps of this gradient:
 #
 #                plain gradient     AdamW, first step     Muon
 #                5.5  4.5           1  1                  0.7  0.0

@@ -78,8 +78,6 @@ def test_an_exception_is_shown_with_the_students_line_and_what_was_expected():
 
 
 def test_what_no_known_mistake_does_is_described():
-    source = "def get_lr(step, max_iters, peak):\n    return 3 * original(step, max_iters, peak)"
-    source += "\n\n\noriginal = get_lr" if False else ""
     message = judge_here("char_gpt", "FeedForward", TRIPLED)
     assert "result: every number is 3 times what it should be" in message
 

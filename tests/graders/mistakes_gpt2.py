@@ -795,7 +795,8 @@ train = train_with(peak=lambda run: SCRATCH_LEARNING_RATE)
 train = train_with(sizes=lambda model: (BATCH_SIZE, WINDOW))
 
 
-# --- generate: no caches are kept: each call gets all tokens again.
+# --- generate: all tokens go through the model again for each new one: keep the caches, and drop the older
+# half of the tokens, not one at a time.
 generate = writer_with(whole=True)
 
 
@@ -830,7 +831,8 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 generate = writer_with(fresh=False)
 
 
-# --- generate: only one token is dropped at a time: then all is computed anew for each token. Drop the older half.
+# --- generate: all tokens go through the model again for each new one: keep the caches, and drop the older
+# half of the tokens, not one at a time.
 generate = writer_with(half=lambda T: T, crop=lambda ids, T: ids[-T:])
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from graders import judge
 from graders.pieces import (
     PIECES,
     ROOT,
@@ -29,7 +30,7 @@ from graders.pieces import (
     read_original,
 )
 
-MORE = 4  # how many values of a mistake are kept behind its first wrong one
+MORE = 8  # how many values of a mistake are kept behind its first wrong one
 # What differs in two messages of the same error: addresses, and what depends on random numbers.
 ERASED = re.compile(r"0x[0-9a-f]+|index \d+|at entry \d+|got \[\d+\]")
 

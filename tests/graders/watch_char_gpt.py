@@ -401,13 +401,13 @@ def watch_train_step(gpt, batch=3):
         gpt.GRADIENT_CLIP = clip
         loss = gpt.train_step(model, optimizers, x, y, 0.01)
         if step == 0:
+            yield "events", Note(list(events))
             yield "loss", loss
             yield "training mode", sorted(model.modes)
             yield "rates of the optimizers", [o.param_groups[0]["lr"] for o in optimizers]
         parameters = [model.table.detach().clone(), model.bias.detach().clone()]
         yield f"parameters after {step + 1} steps, this one with GRADIENT_CLIP {clip},", parameters
     yield "loss of the last step", loss
-    yield "events", Note(events)
 
 
 def watch_train(gpt):

@@ -130,6 +130,7 @@ def watch_get_batch(gpt):
     yield "shapes of x and y", [list(tensor(part, "get_batch").shape) for part in (x, y)]
     place = {token: i for i, token in enumerate(text.tolist())}
     starts = [place.get(token, -1) if token != EOS else 10 for token in x[:, 0].tolist()]
+    yield "number of different places where 512 windows begin", len(set(starts))
     yield (
         "places where 512 windows of 13 tokens begin (the last token has no next one)",
         sorted(set(starts)),

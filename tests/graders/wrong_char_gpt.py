@@ -57,7 +57,7 @@ class Tokenizer:
         return "".join(self.id_to_char[i] for i in ids)
 
 
-# --- Tokenizer: encode('bét'), with a character that the text lacks,: a list, where 'raised
+# --- Tokenizer: unknown characters are dropped in silence: the model would answer another
 class Tokenizer:
     def __init__(self, text):
         self.vocabulary = "".join(sorted(set(text)))
@@ -107,7 +107,7 @@ class Tokenizer:
         return "".join(self.vocabulary[i] for i in ids)
 
 
-# --- Tokenizer: encode('bét'), with a character that the text lacks,: 'raised KeyError'
+# --- Tokenizer: an unknown character raises KeyError: use check(...), so that it is a
 class Tokenizer:
     def __init__(self, text):
         self.vocabulary = "".join(sorted(set(text)))
@@ -180,14 +180,14 @@ def get_batch(tokens, batch_size, block_size, device):
     return x.to(device), y.to(device)
 
 
-# --- get_batch: three batches are equal; they should differ
+# --- get_batch: nothing is random: every batch is the same. Draw a start for each window.
 def get_batch(tokens, batch_size, block_size, device):
     x = torch.stack([tokens[i : i + block_size] for i in range(batch_size) if i + block_size < len(tokens)] * batch_size)[:batch_size]
     y = torch.stack([tokens[i + 1 : i + 1 + block_size] for i in range(batch_size) if i + block_size < len(tokens)] * batch_size)[:batch_size]
     return x, y
 
 
-# --- get_batch: number of different places where 256 windows begin: 1 instead of 8
+# --- get_batch: the whole batch begins at one place: draw a start for each window.
 import random
 
 
@@ -214,7 +214,7 @@ def get_batch(tokens, batch_size, block_size, device):
     return x, y
 
 
-# --- get_batch: number of different places where 256 windows begin: 7 instead of 8
+# --- get_batch: the last place is left out: the start can be 0 to N - T - 1, and randint(n)
 def get_batch(tokens, batch_size, block_size, device):
     ix = torch.randint(len(tokens) - block_size - 1, (batch_size,))
     x = torch.stack([tokens[i : i + block_size] for i in ix])
@@ -476,7 +476,7 @@ class MultiHead(nn.Module):
         return out
 
 
-# --- MultiHead: two calls in training with dropout 0.5 are equal; they should differ
+# --- MultiHead: dropout is missing.
 class MultiHead(nn.Module):
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -717,7 +717,7 @@ class LM(nn.Module):
         return logits, loss
 
 
-# --- LM.forward: loss if half of the targets are -100: 2.1386 instead of 4.2771
+# --- LM.forward: targets of -100 are counted: they are neither in the sum nor in the number of
 class LM(nn.Module):
     def forward(self, idx, targets=None):
         T = idx.shape[1]
@@ -759,7 +759,7 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     return {"loss": total / batches}
 
 
-# --- estimate_loss: calls with gradients recorded: True instead of False
+# --- estimate_loss: gradients are recorded: put @torch.no_grad() above the function.
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
     model.eval()
     T = model.block_size
@@ -792,7 +792,7 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     return {"loss": total / len(x)}
 
 
-# --- estimate_loss: they come from the end: False instead of True
+# --- estimate_loss: with eval_iters, only the beginning is measured: spread the windows evenly.
 @torch.no_grad()
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
     T = model.block_size
@@ -900,7 +900,7 @@ def get_lr(step, max_iters, peak):
     return peak
 
 
-# --- train_step: parameters after 3 steps, this one with GRADIENT_CLIP 0.1,, number 0:
+# --- train_step: each number of the gradient is clipped: clip its length, clip_grad_norm_.
 def train_step(model, optimizers, x, y, lr):
     model.train()
     _, loss = model(x, y)
@@ -930,7 +930,7 @@ def train_step(model, optimizers, x, y, lr):
         return loss.item()
 
 
-# --- train_step: parameters after 3 steps, this one with GRADIENT_CLIP 0.1,, number 0:
+# --- train_step: clipping comes after the step: do it between backward and step.
 def train_step(model, optimizers, x, y, lr):
     model.train()
     for opt in optimizers:
@@ -994,7 +994,7 @@ def train_step(model, optimizers, x, y, lr):
     return loss.item()
 
 
-# --- train: random numbers of step 3, in a whole and in a resumed run, differ; they
+# --- train: a resumed run draws other random numbers: in each step, before get_batch,
 def train(model, tokenizer, optimizers, splits, run):
     device = next(model.parameters()).device
     peak = LEARNING_RATE if MUON else ADAMW_LEARNING_RATE
@@ -1011,7 +1011,7 @@ def train(model, tokenizer, optimizers, splits, run):
             train_step(model, optimizers, x, y, get_lr(step, run["max_iters"], peak))
 
 
-# --- train: the peak for get_lr with MUON = False: 0.5 instead of 0.25
+# --- train: the peak is LEARNING_RATE with MUON = False, too: then it is
 def train(model, tokenizer, optimizers, splits, run):
     device = next(model.parameters()).device
     peak = LEARNING_RATE
@@ -1067,7 +1067,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     return probs / probs.sum()
 
 
-# --- next_token_probabilities: probabilities with top_p = 0.6: 1 instead of 0.625 at [1]; 2 of 4 numbers
+# --- next_token_probabilities: the first token over the threshold is dropped: those before it have less than
 def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     if temperature == 0:
         return F.one_hot(logits.argmax(), len(logits)).float()

@@ -37,13 +37,13 @@ def get_batch(tokens, batch_size, block_size, device):
     return x.to(device), y.to(device)
 
 
-# --- Head: result of the newest token, of 5: -1.0408 instead of -0.42347 at [0, 0, 0,
+# --- Head: a single new token gets a mask: it is the newest, and sees all keys.
 class Head(nn.Module):
     def forward(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-# --- Head: result of the 2 newest tokens, of 5: -0.42842 instead of -0.65027 at [0, 0,
+# --- Head: several new tokens see those that come after them: mask with tril(S - T).
 class Head(nn.Module):
     def forward(self, q, k, v):
         T, S = q.shape[2], k.shape[2]
@@ -99,7 +99,7 @@ class Cache:
         return self.k, self.v
 
 
-# --- MultiHead: with a cache, result of tokens 3 to 3: 2.005 instead of 1.7593 at [0, 0, 0];
+# --- MultiHead: the cache is not used (k, v = cache.append(k, v)): a new token sees only
 class MultiHead(nn.Module):
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -117,7 +117,7 @@ class MultiHead(nn.Module):
         return self.dropout(self.projection(y))
 
 
-# --- MultiHead: number of biases for C = 12: 12 instead of 48
+# --- MultiHead: q, k and v have no biases: OpenAI's weights have them.
 class MultiHead(nn.Module):
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -157,7 +157,7 @@ class FeedForward(nn.Module):
         return self.dropout(self.shrink(torch.relu(self.expand(x))))
 
 
-# --- Block: result with a cache: -0.41717 instead of 3.5828 at [0, 0, 0]; 24 of 24
+# --- Block: the cache is not passed on to attention.
 class Block(nn.Module):
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -170,7 +170,7 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ln2(x))
 
 
-# --- LM.forward: with caches, logits after tokens 3 to 3: 2.3151 instead of 1.9338 at [0, 0,
+# --- LM.forward: positions restart with each call: they count on after the tokens in the
 class LM(nn.Module):
     def forward(self, idx, targets=None, caches=None):
         T = idx.shape[1]
@@ -183,7 +183,7 @@ class LM(nn.Module):
         return logits, loss
 
 
-# --- LM.forward: with caches, logits after tokens 0 to 2: its shape is (3, 3, 11) instead of
+# --- LM.forward: with caches, all positions get logits: only the last one, (B, 1, V).
 class LM(nn.Module):
     def forward(self, idx, targets=None, caches=None):
         past = caches[0].length if caches else 0
@@ -228,7 +228,7 @@ class LM(nn.Module):
         return logits, loss
 
 
-# --- openai_name: openai_name('blocks.0.feed_forward.expand.weight'): 'h.0.mlp.c_proj.weight'
+# --- openai_name: c_fc and c_proj of the mlp are exchanged: c_fc expands, c_proj shrinks.
 def openai_name(name):
     name = name.replace("blocks", "h").replace("token_embedding", "wte").replace("position_embedding", "wpe")
     name = name.replace("ln1", "ln_1").replace("ln2", "ln_2").replace("attention.qkv", "attn.c_attn")
@@ -236,7 +236,7 @@ def openai_name(name):
     return name.replace("feed_forward.expand", "mlp.c_proj").replace("feed_forward.shrink", "mlp.c_fc")
 
 
-# --- load_pretrained: blocks.0.attention.projection.weight without a prefix: the numbers are right,
+# --- load_pretrained: square matrices are not transposed: their shape does not show it. Ask
 def load_pretrained(path, **sizes):
     model = LM(**sizes)
     names = {openai_name(n): p for n, p in model.named_parameters()}
@@ -250,7 +250,7 @@ def load_pretrained(path, **sizes):
     return model
 
 
-# --- load_pretrained: a file that lacks ln_f.bias: 'accepted' instead of 'raised UserError'
+# --- load_pretrained: a missing parameter is accepted in silence: it would stay random. check(...)
 def load_pretrained(path, **sizes):
     model = LM(**sizes)
     names = {openai_name(n): p for n, p in model.named_parameters()}
@@ -319,7 +319,7 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
             return
 
 
-# --- generate: what was yielded up to <|endoftext|>: [11, 11, 11, 11, 11] instead of [11]
+# --- generate: it goes on after <|endoftext|>: that is the last token.
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
     model.eval()
@@ -355,7 +355,7 @@ def stream(tokenizer, tokens):
             pass
 
 
-# --- train: the peak for get_lr from scratch: 0.5 instead of 0.25
+# --- train: the peak is LEARNING_RATE from scratch, too: then it is SCRATCH_LEARNING_RATE.
 def train(model, tokenizer, optimizers, splits, run):
     device = next(model.parameters()).device
     start = time.perf_counter() - run["seconds"]

@@ -109,7 +109,7 @@ def split_documents(documents, train_share, val_share):
     return {"train": documents[:a], "val": documents[a:b], "test": documents[b:]}
 
 
-# --- split_documents: two calls differ; they should be equal
+# --- split_documents: another order each time: give the shuffle a seed of its own, so that a
 import random
 
 
@@ -160,7 +160,7 @@ def cut_windows(tokens, starts, ends, block_size):
     return w[:, :-1], w[:, 1:].clone()
 
 
-# --- cut_windows: y across an <eos>, into the next document: 18 instead of -100 at [0, 2]; 2 of
+# --- cut_windows: the target of <eos> is the next document's first word: it must be -100.
 def cut_windows(tokens, starts, ends, block_size):
     places = starts + torch.arange(block_size + 1)
     w = tokens[places.clamp(max=len(tokens) - 1)].long().masked_fill(places >= ends, 0)
@@ -302,7 +302,7 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     return {"loss": loss, "known": loss, "accuracy": torch.cat(all_hits).float().mean().item()}
 
 
-# --- generate: what was yielded before <eos>, with room for 9 tokens,: [7, 5, 9, 4, 2]
+# --- generate: <eos> is yielded: the text ends before it.
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
     model.eval()
@@ -317,7 +317,7 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
             return
 
 
-# --- generate: what was yielded if <pad> and <unk> are most likely, number 0: 0 instead of 7
+# --- generate: <pad> and <unk> are drawn: their logits must become -inf.
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
     model.eval()
