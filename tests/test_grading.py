@@ -68,7 +68,9 @@ def test_the_original_passes_and_each_known_mistake_does_not(script, name):
 
 
 def test_an_exception_is_shown_with_the_students_line_and_what_was_expected():
-    source = "class Head(nn.Module):\n    def forward(self, q, k, v):\n        return q / 0 @ undefined"
+    source = (
+        "class Head(nn.Module):\n    def forward(self, q, k, v):\n        return q / 0 @ undefined"
+    )
     message = judge_here("char_gpt", "Head", source)
     assert "NameError in forward, line 3 of my_gpt.py: `return q / 0 @ undefined`" in message
     assert "Expected: Head()(q, k, v) returns a tensor of the shape of v" in message
@@ -146,7 +148,9 @@ def test_a_piece_that_hangs_crashes_or_is_greedy_is_stopped(body, words):
 
 def test_what_one_piece_does_touches_no_other(tmp_path):
     source = read_original("char_gpt").replace("return weights @ v", "import os; os._exit(0)")
-    source = source.replace("warmup = max(1,", "torch.set_default_dtype(torch.float64)\n    warmup = max(1,")
+    source = source.replace(
+        "warmup = max(1,", "torch.set_default_dtype(torch.float64)\n    warmup = max(1,"
+    )
     path = tmp_path / "my_char_gpt.py"
     path.write_text(source, encoding="utf-8")
     verdicts = dict(grade.grade(path, ["Head", "get_lr", "MultiHead", "LM.forward"]))
@@ -158,7 +162,9 @@ def test_what_one_piece_does_touches_no_other(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_exercise_leaves_out_the_pieces_and_says_so(script):
     for piece in PIECES[script]:
-        source, told = exercise.write_exercise(script, exercise.start_exercise(script), [piece.name])
+        source, told = exercise.write_exercise(
+            script, exercise.start_exercise(script), [piece.name]
+        )
         assert not told
         assert read_header(source) == (script, [piece.name])
         message = judge_here(script, piece.name, source)
@@ -172,13 +178,24 @@ def test_an_exercise_leaves_out_the_pieces_and_says_so(script):
 def test_every_function_of_the_lesson_is_in_a_piece(script):
     lesson = read_original(script).partition("The lesson ends here")[0]
     parts = {part for piece in PIECES[script] for part in parts_of(script, piece)}
-    functions = {name for name in original_functions(script) if f"def {name.split('.')[-1]}(" in lesson}
-    functions = {name for name in functions if original_functions(script)[name].lineno < lesson.count("\n")}
+    functions = {
+        name for name in original_functions(script) if f"def {name.split('.')[-1]}(" in lesson
+    }
+    functions = {
+        name for name in functions if original_functions(script)[name].lineno < lesson.count("\n")
+    }
     assert functions - parts <= UNGRADED
 
 
 # Short, or engineering: in the tests of the scripts.
-UNGRADED = {"replacement", "LM.tie_weights", "load_tokens", "is_turned", "join_processes", "average"}
+UNGRADED = {
+    "replacement",
+    "LM.tie_weights",
+    "load_tokens",
+    "is_turned",
+    "join_processes",
+    "average",
+}
 UNGRADED |= {"bits_per_character", "for_generation", "Muon.__init__"}
 
 
@@ -196,7 +213,9 @@ def test_the_loop_of_an_exercise_from_outside(tmp_path):
     assert "char_gpt.py, 3. Model\n    Head " in text
     text = run(tmp_path, "exercise.py", "char_gpt.py", "Heads", status=1)
     assert "no piece Heads. Did you mean Head?" in text
-    assert "my_char_gpt.py: written" in run(tmp_path, "exercise.py", "char_gpt.py", "Head", "get_lr")
+    assert "my_char_gpt.py: written" in run(
+        tmp_path, "exercise.py", "char_gpt.py", "Head", "get_lr"
+    )
     path = tmp_path / "my_char_gpt.py"
     stub = 'raise NotImplementedError("Head.forward: yours to write")'
     mine = "return F.scaled_dot_product_attention(q, k, v, is_causal=True)  # é"
@@ -218,7 +237,11 @@ def test_the_loop_of_an_exercise_from_outside(tmp_path):
 
 
 def test_a_notebook_and_a_part_of_a_file_are_graded(tmp_path):
-    cells = ["%matplotlib inline\n!pip list\nimport torch", "%%bash\nls", WRONG_HEAD.format(first="pass")]
+    cells = [
+        "%matplotlib inline\n!pip list\nimport torch",
+        "%%bash\nls",
+        WRONG_HEAD.format(first="pass"),
+    ]
     cells = [{"cell_type": "code", "source": cell.splitlines(True)} for cell in cells]
     cells.append({"cell_type": "markdown", "source": ["# text"]})
     path = tmp_path / "char_gpt_hand_in.ipynb"

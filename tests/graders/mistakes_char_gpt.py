@@ -2090,7 +2090,9 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
 
 
 # --- estimate_loss: the short last window counts as much as a whole one: weight each loss with the number of its targets.
-estimate_loss = estimate_with(size=lambda batch_size: 1, mean=lambda losses, counts: sum(losses) / len(losses))
+estimate_loss = estimate_with(
+    size=lambda batch_size: 1, mean=lambda losses, counts: sum(losses) / len(losses)
+)
 
 
 # --- estimate_loss: the last token is repeated as a target, to fill the last window: make those -100.

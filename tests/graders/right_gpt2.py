@@ -98,7 +98,10 @@ class Block(nn.Module):
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
         self.ln1, self.ln2 = nn.LayerNorm(n_embed), nn.LayerNorm(n_embed)
-        self.attention, self.feed_forward = MultiHead(n_embed, n_heads, dropout), FeedForward(n_embed, dropout)
+        self.attention, self.feed_forward = (
+            MultiHead(n_embed, n_heads, dropout),
+            FeedForward(n_embed, dropout),
+        )
 
     def forward(self, x, cache=None):
         x = self.attention(self.ln1(x), cache).add(x)
@@ -156,7 +159,9 @@ def load_pretrained(path, **sizes):
         check(value.shape == p.shape, f"{theirs} has another shape")
         with torch.no_grad():
             p.copy_(value)
-    rest = [n for n in weights if not n.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))]
+    rest = [
+        n for n in weights if not n.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))
+    ]
     check(not rest, f"unknown: {rest}")
     return model
 

@@ -69,7 +69,10 @@ def split_documents(documents, train_share, val_share):
 # --- split_text: tensors joined
 def split_text(documents, tokenizer):
     def part(texts):
-        rows = [torch.tensor(tokenizer.encode_clean(t) + [tokenizer.eos], dtype=torch.int32) for t in texts]
+        rows = [
+            torch.tensor(tokenizer.encode_clean(t) + [tokenizer.eos], dtype=torch.int32)
+            for t in texts
+        ]
         return torch.cat(rows)
 
     return {name: part(documents[name]) for name in documents}

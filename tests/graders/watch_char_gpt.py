@@ -275,7 +275,10 @@ def watch_estimate_loss(gpt, dtype=torch.int64):
     state = torch.get_rng_state()
     losses = gpt.estimate_loss(model, tokens, 2)
     again = gpt.estimate_loss(Table(table), tokens, 2)
-    yield "losses of two calls", Varies([float(entry(x, "estimate_loss", "loss")) for x in (losses, again)])
+    yield (
+        "losses of two calls",
+        Varies([float(entry(x, "estimate_loss", "loss")) for x in (losses, again)]),
+    )
     yield "loss of 22 targets", entry(losses, "estimate_loss", "loss")
     yield "loss in batches of 4 windows", gpt.estimate_loss(model, tokens, 4)["loss"]
     yield "loss of 20 targets", gpt.estimate_loss(model, tokens[:21], 2)["loss"]

@@ -200,7 +200,15 @@ class LM(nn.Module):
 class LM(nn.Module):
     def __init__(self, vocab_size, block_size, n_embed, n_heads, n_layers, dropout, qkv_bias=True):
         super().__init__()
-        self.config = dict(vocab_size=vocab_size, block_size=block_size, n_embed=n_embed, n_heads=n_heads, n_layers=n_layers, dropout=dropout, qkv_bias=qkv_bias)
+        self.config = dict(
+            vocab_size=vocab_size,
+            block_size=block_size,
+            n_embed=n_embed,
+            n_heads=n_heads,
+            n_layers=n_layers,
+            dropout=dropout,
+            qkv_bias=qkv_bias,
+        )
         self.block_size = block_size
         self.token_embedding = nn.Embedding(vocab_size, n_embed)
         self.position_embedding = nn.Embedding(block_size, n_embed)
@@ -230,10 +238,18 @@ class LM(nn.Module):
 
 # --- openai_name: c_fc and c_proj of the mlp are exchanged: c_fc expands, c_proj shrinks.
 def openai_name(name):
-    name = name.replace("blocks", "h").replace("token_embedding", "wte").replace("position_embedding", "wpe")
-    name = name.replace("ln1", "ln_1").replace("ln2", "ln_2").replace("attention.qkv", "attn.c_attn")
+    name = (
+        name.replace("blocks", "h")
+        .replace("token_embedding", "wte")
+        .replace("position_embedding", "wpe")
+    )
+    name = (
+        name.replace("ln1", "ln_1").replace("ln2", "ln_2").replace("attention.qkv", "attn.c_attn")
+    )
     name = name.replace("attention.projection", "attn.c_proj")
-    return name.replace("feed_forward.expand", "mlp.c_proj").replace("feed_forward.shrink", "mlp.c_fc")
+    return name.replace("feed_forward.expand", "mlp.c_proj").replace(
+        "feed_forward.shrink", "mlp.c_fc"
+    )
 
 
 # --- load_pretrained: square matrices are not transposed: their shape does not show it. Ask
@@ -304,7 +320,7 @@ def train_step(model, optimizers, x, y, lr):
     return total
 
 
-# --- generate: no caches are kept: each call gets all tokens again.
+# --- generate: all tokens go through the model again for each new one: keep the caches, and
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
     model.eval()
@@ -313,7 +329,11 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         caches = [Cache(model.block_size) for _ in model.blocks]
         logits, _ = model(torch.tensor([ids[-model.block_size :]]), caches=caches)
         logits[..., Tokenizer.vocab_size :] = -math.inf
-        ids.append(torch.multinomial(next_token_probabilities(logits[0, -1], temperature, top_k, top_p), 1).item())
+        ids.append(
+            torch.multinomial(
+                next_token_probabilities(logits[0, -1], temperature, top_k, top_p), 1
+            ).item()
+        )
         yield ids[-1]
         if ids[-1] == Tokenizer.vocab_size - 1:
             return
@@ -328,7 +348,9 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     for _ in range(max_new_tokens):
         logits, _ = model(torch.tensor([new]), caches=caches)
         logits[..., Tokenizer.vocab_size :] = -math.inf
-        token = torch.multinomial(next_token_probabilities(logits[0, -1], temperature, top_k, top_p), 1).item()
+        token = torch.multinomial(
+            next_token_probabilities(logits[0, -1], temperature, top_k, top_p), 1
+        ).item()
         ids = ids + [token]
         yield token
         new = [token]
