@@ -406,8 +406,9 @@ class FeedForward(nn.Module):
     """Two layers for each position on its own (Vaswani et al. 2017, section 3.3).
 
     Attention averages what there is; this computes something new from it. Each of the 4 C numbers
-    between the two layers detects one pattern: it is x · (a column of W) + b, so it is above 0 if x
-    points like this column. (The paper took 4 C, and so do we.)
+    between the two layers detects one pattern: it is x · (a column of W) + b, above 0 if x points
+    enough like this column. relu keeps that, and turns the rest into 0. (The paper took 4 C, and so
+    do we.)
 
     In training, dropout sets a random part of the numbers to 0, and multiplies the others so that
     sums keep their size. The model cannot rely on single numbers: less overfitting."""
@@ -434,9 +435,9 @@ class Block(nn.Module):
 
     LayerNorm shifts and scales the C numbers of each position to mean 0 and standard deviation 1.
     Then it multiplies each channel by a learned number, and adds a learned one. So attention and
-    feed-forward get numbers of a steady size, however large the sum x has grown. In a block,
-    LayerNorm is applied inside f, not to the sum, so the derivative keeps its 1 (Xiong et al. 2020,
-    arXiv 2002.04745)."""
+    feed-forward get numbers of a steady size, however large the sum x has grown. (Large ones would
+    push the softmax of Head to weights of 0 and 1.) In a block, LayerNorm is applied inside f, not
+    to the sum, so the derivative keeps its 1 (Xiong et al. 2020, arXiv 2002.04745)."""
 
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -659,12 +660,14 @@ def make_optimizers(model):
     mean(g) is about 0, and the parameter stays.
 
     Before that, matrices (those of nn.Embedding as well) are multiplied by 1 - rate · WEIGHT_DECAY.
-    A small matrix turns a small difference of two inputs into a small difference of its results,
-    and the rows of a small table are close together. To know single sentences by heart, a model
-    must react to small differences. (Biases and LayerNorm are not multiplied: they shift and scale,
-    and so hardly add such reactions.)"""
+    A small matrix turns a small difference of two inputs into a small difference of its results. To
+    know single sentences by heart, a model must react to small differences. (Where a LayerNorm
+    follows, it makes the results large again. There, the decay keeps the matrix small enough that
+    further steps can still change it. Biases and LayerNorms only shift and scale: no decay.)"""
     by_muon = []
-    if MUON:  # another rule, for the matrices of the blocks: explained after the lesson
+    # By default, Muon changes the matrices of the blocks. It averages gradients as well, but makes
+    # the step equally large in all directions of a matrix: see section 6, after the lesson.
+    if MUON:
         by_muon = [p for p in model.blocks.parameters() if p.dim() == 2]
     # `is`, as `in` would compare the numbers of two parameters.
     others = [p for p in model.parameters() if not any(p is matrix for matrix in by_muon)]
@@ -698,7 +701,7 @@ def train_step(model, optimizers, x, y, lr):
     """Change the parameters once, to lower the loss on x, y (B, T). Return the loss before it."""
     model.train()  # switches dropout on
     _, loss = model(x, y)
-    loss.backward()  # computes the gradient: d loss / d parameter, for every parameter
+    loss.backward()  # computes the gradient: d loss / d parameter, into `grad` of each parameter
     if GRADIENT_CLIP is not None:
         # The gradient is one long vector. If it is longer than GRADIENT_CLIP, it is scaled down to
         # this length. A single long one would rule AdamW's averages for the next 10 and 100 steps.
@@ -706,7 +709,7 @@ def train_step(model, optimizers, x, y, lr):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()  # changes the parameters, against the gradient
+        optimizer.step()  # reads `grad`, and changes the parameters against it
         optimizer.zero_grad()  # otherwise the next gradient would be added to this one
     return loss.detach()  # the number alone, without what is remembered
 
@@ -901,24 +904,23 @@ def attention_weights(model, ids):
 # has 128 such directions (its shorter side) with their factors, the singular values.
 #
 # Now let this be the gradient of a layer's matrix. In y = x W, y_j is the sum of all x_i · W_ij. So
-# one position of the batch with the input x adds the matrix x_i · d_j to the gradient, where d_j is
-# the derivative of the loss by y_j, and x_i that of y_j by W_ij. For x = (1, 1) and d = (3, 0), its
-# rows are (3, 0) and (3, 0): it turns (1, 1), the direction of x, into (6, 0), and (1, -1) into
-# (0, 0). So the factor is large for a direction that many inputs have, and small for a rare one.
-# Three optimizers make different steps of this gradient:
+# W_ij changes y_j by the factor x_i. Let d_j be the derivative of the loss by y_j. By the chain
+# rule, one position of the batch adds the matrix x_i · d_j to the gradient. For x = (1, 1) and
+# d = (3, 0), its rows are (3, 0) and (3, 0): it turns (1, 1), the direction of x, into (6, 0), and
+# (1, -1) into (0, 0). So the factor is large for a direction that many inputs have, and small for a
+# rare one. Three optimizers make different steps of this gradient:
 #
 #                plain gradient     AdamW, first step     Muon
 #                5.5  4.5           1  1                  0.7  0.0
 #                4.5  5.5           1  1                  0.0  0.7
 #     factors    10 and 1           2 and 0               0.7 and 0.7
 #
-# A plain step must be small enough for the largest factor, or it overshoots: w = 2 (see the top)
-# with the rate 1.1 would become 2 - 1.1 · 4 = -2.4. So it learns little for (1, -1). AdamW makes
-# the numbers equal, not the factors: here it learns nothing for (1, -1). Muon makes the factors
-# equal: it learns as much for rare directions as for frequent ones. After 400 steps, both at the
-# rate that is best for so few (0.016), the loss is 1.66 with Muon, and 1.87 with AdamW alone. (The
-# 1.73 of "Try this" is with 0.008, which is better for 1,600 steps.) Embeddings and lm_head stay
-# with AdamW, as in Jordan et al.
+# A plain step must be small enough for the largest factor, or it overshoots: w = 2 (at the top of
+# char_gpt.py) with the rate 1.1 would become 2 - 1.1 · 4 = -2.4. So it learns little for (1, -1).
+# AdamW makes the numbers equal, not the factors: here it learns nothing for (1, -1). Muon makes the
+# factors equal: it learns as much for rare directions as for frequent ones. In char_gpt.py, after
+# 400 steps, both at the rate that is best for so few (0.016), the loss is 1.66 with Muon, and 1.87
+# with AdamW alone. Token embeddings and the output layer stay with AdamW, as in Jordan et al.
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
 
