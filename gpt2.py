@@ -876,7 +876,7 @@ def stream(tokenizer, tokens):
 #   core. With caches it is 63 a second.
 # - N_EMBED, N_LAYERS, N_HEADS = 128, 4, 4 and `--init scratch`: after 100 steps, the loss is 6.72.
 #   (With --seed 1 it is 6.65: smaller differences than that mean nothing.) 6.72 nats a token are
-#   3.14 bits per character; char_gpt.py reaches 2.14. Of the 7.3 million parameters, 6.4 million are
+#   3.14 bits per character; char_gpt.py reaches 2.14. Of 7.3 million parameters, 6.4 million are
 #   the table of 50,257 tokens: too many for a text of 338,025 tokens.
 
 

@@ -86,7 +86,7 @@ MIN_FREQ = 5  # a word that comes less often in the training documents is <unk>;
 # Model
 BLOCK_SIZE = 64  # T, tokens that the model sees; more: better, and slower
 N_EMBED = 256  # C; twice as many take up to 4 times as long
-N_LAYERS = 2  # blocks; more: better, and slower
+N_LAYERS = 2  # blocks (see Block); more: better, and slower
 N_HEADS = 2  # H; must divide N_EMBED; a head size of 32 to 128 is usual
 CUTOFFS = (2000, 10000)  # ids where groups of less frequent words begin; (): no groups, slower
 DROPOUT = 0.1 if FAST_GPU else 0.0  # share of numbers set to 0 (see FeedForward)
@@ -307,7 +307,9 @@ def get_batch(tokens, batch_size, block_size, device):
 #   calls a module like a function: module(x) runs its method `forward`.
 # - Training needs the gradient. PyTorch remembers how the loss was computed, step by step. From the
 #   loss it goes back to the first layer, and multiplies the derivatives on its way (the chain
-#   rule). Where a derivative is almost 0, the layers before it, nearer the input, hardly learn.
+#   rule). For y = 3 x and the loss y², at x = 2: y = 6, d loss / dy = 2 · 6 = 12, dy / dx = 3, so
+#   d loss / dx = 12 · 3 = 36. Where a derivative is almost 0, the layers before it, nearer the
+#   input, hardly learn.
 # - Softmax turns numbers into probabilities: p_i = exp(x_i) / (sum of exp(x_j) over all j). The
 #   numbers 2, 1, 0 become 0.67, 0.24, 0.09: all positive, with sum 1. Adding the same number to all
 #   of them changes nothing. Numbers that will go into a softmax are called logits, or scores.
@@ -364,6 +366,7 @@ class Head(nn.Module):
         # random 1 or -1, sum to about 4 = √16 or to -4, seldom to 16. Divided by √hs, scores have
         # the same size for each hs. Large scores would push softmax to weights of 0 and 1. There
         # it hardly reacts to a change of the scores: its derivative is almost 0.
+        # T × T scores for each head: for twice as many tokens, four times as much work.
         scores = (q / hs**0.5) @ k.transpose(-2, -1)  # (B,H,T,hs) @ (B,H,hs,T) -> (B,H,T,T)
         # The mask hides the future. For T = 3 its rows are [0 -inf -inf], [0 0 -inf], [0 0 0]: a
         # score of -inf gets the weight exp(-inf) = 0. Without the mask, position t sees its target,
@@ -421,7 +424,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """Transform each position: (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
-        # relu is max(0, x). Without it, two layers would be one: x A B = x (AB).
+        # relu is max(0, x). Without it, two layers would be one, x A B = x (AB), and one layer only
+        # adds its inputs with fixed factors: it cannot say "if both are there".
         return self.dropout(self.shrink(F.relu(self.expand(x))))
 
 
@@ -661,9 +665,8 @@ def make_optimizers(model):
 
     Before that, matrices (those of nn.Embedding as well) are multiplied by 1 - rate · WEIGHT_DECAY.
     A small matrix turns a small difference of two inputs into a small difference of its results. To
-    know single sentences by heart, a model must react to small differences. (Where a LayerNorm
-    follows, it makes the results large again. There, the decay keeps the matrix small enough that
-    further steps can still change it. Biases and LayerNorms only shift and scale: no decay.)"""
+    know single sentences by heart, a model must react to small differences. (This is a reason, no
+    proof: that it helps is measured. Biases and LayerNorms only shift and scale: no decay.)"""
     by_muon = []
     # By default, Muon changes the matrices of the blocks. It averages gradients as well, but makes
     # the step equally large in all directions of a matrix: see section 6, after the lesson.
@@ -900,8 +903,9 @@ def attention_weights(model, ids):
 # --- 6. Muon: for those who want to know ----------------------------------------------------------
 # A matrix W turns a vector x into x W. It makes some vectors longer than others. For example, let W
 # have the rows (5.5, 4.5) and (4.5, 5.5). Then (1, 1) W = (10, 10): in the direction of (1, 1), the
-# factor is 10. And (1, -1) W = (1, -1): in that direction, it is 1. A matrix of 128 × 384 numbers
-# has 128 such directions (its shorter side) with their factors, the singular values.
+# factor is 10, the largest. And (1, -1) W = (1, -1): in that direction, at a right angle, it is 1,
+# the smallest. A matrix of 128 × 384 numbers has 128 such directions, at right angles to each
+# other, whose results are at right angles as well. Their factors are called singular values.
 #
 # Now let this be the gradient of a layer's matrix. In y = x W, y_j is the sum of all x_i · W_ij. So
 # W_ij changes y_j by the factor x_i. Let d_j be the derivative of the loss by y_j. By the chain
@@ -915,19 +919,21 @@ def attention_weights(model, ids):
 #                4.5  5.5           1  1                  0.0  0.7
 #     factors    10 and 1           2 and 0               0.7 and 0.7
 #
-# A plain step must be small enough for the largest factor, or it overshoots: w = 2 (at the top of
-# char_gpt.py) with the rate 1.1 would become 2 - 1.1 · 4 = -2.4. So it learns little for (1, -1).
-# AdamW makes the numbers equal, not the factors: here it learns nothing for (1, -1). Muon makes the
-# factors equal: it learns as much for rare directions as for frequent ones. In char_gpt.py, after
-# 400 steps, both at the rate that is best for so few (0.016), the loss is 1.66 with Muon, and 1.87
-# with AdamW alone. Token embeddings and the output layer stay with AdamW, as in Jordan et al.
+# A plain step is 10 times as long for (1, 1) as for (1, -1). The rate must be low enough for
+# (1, 1), or it overshoots: one parameter w = 2 with the loss w², the gradient 4 and the rate 1.1
+# would become 2 - 1.1 · 4 = -2.4. So it learns little for (1, -1). AdamW makes the numbers equal,
+# not the factors: here it learns nothing for (1, -1). Muon makes the factors equal: it learns as
+# much for rare directions as for frequent ones. In char_gpt.py, after 400 steps at the rate that is
+# best for so few (0.016), the loss is 1.66 with Muon, and 1.87 with AdamW alone. (Its default rate,
+# 0.008, is better for 1,600 steps.) Embeddings and lm_head stay with AdamW, which Jordan et al.
+# found to be better.
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
 
     It averages the gradients of each matrix, and makes the factors of the average about equal."""
 
     def __init__(self, matrices, weight_decay):
-        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})  # for each group
 
     @torch.no_grad()
     def step(self):
@@ -949,12 +955,13 @@ class Muon(torch.optim.Optimizer):
                 # 128 × 384 numbers have 128 factors. If all are 1, a square is 128 / (128 · 384)
                 # on average, so a number is about 1/√384. AdamW's quotients are 1 at first, and
                 # 0.2 to 0.4 later, when gradients change their signs (measured by Liu et al. 2025,
-                # arXiv 2502.16982). With their factor 0.2 · √384, one rate fits both.
+                # arXiv 2502.16982). With their factor 0.2 · √384, Muon and AdamW can
+                # share one rate.
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 def orthogonalize(matrix):
-    """Return the matrix with its factors (singular values) about equal, near 1.
+    """Return the matrix with its factors (singular values) about equal, 0.7 to 1.2.
 
     >>> orthogonalize(torch.tensor([[5.5, 4.5], [4.5, 5.5]])).mul(10).abs().round().tolist()
     [[7.0, 0.0], [0.0, 7.0]]
@@ -1212,8 +1219,8 @@ def write_file(path, write):
 def remove_leftovers(pattern):
     """Remove files PATH.PID.part whose process was killed, where /proc knows who is alive."""
     for part in Path().glob(pattern):
-        process = Path("/proc") / part.suffixes[-2][1:]
-        if Path("/proc/self").exists() and not process.exists():
+        pid = part.suffixes[-2][1:]
+        if pid.isdecimal() and Path("/proc/self").exists() and not Path("/proc", pid).exists():
             part.unlink(missing_ok=True)
 
 

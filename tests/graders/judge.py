@@ -43,7 +43,11 @@ def is_whole(dtype):
 def same_tensor(got, right, tolerance):
     """Return whether two tensors have the same shape, the same kind and about equal numbers."""
     if is_number(got):
-        got = {"tensor": got, "shape": [], "dtype": "int64" if isinstance(got, int) else "float"}
+        got = {
+            "tensor": got,
+            "shape": [],
+            "dtype": "int64" if isinstance(got, int) else "float",
+        }
     if not isinstance(got, dict) or "tensor" not in got or got["shape"] != right["shape"]:
         return False
     if is_whole(got["dtype"]) != is_whole(right["dtype"]):
@@ -221,7 +225,11 @@ def seen(answer, i):
     if i < len(answer["seen"]):
         return answer["seen"][i][1]
     error = answer.get("error", {})
-    stop = [answer.get("wrong", ""), error.get("type", ""), error.get("same", "")]
+    stop = [
+        answer.get("wrong", ""),
+        error.get("type", ""),
+        error.get("same", ""),
+    ]
     return {"stopped": stop}
 
 

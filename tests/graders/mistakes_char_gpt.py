@@ -314,8 +314,14 @@ def optimizers_with(
         matrices = for_muon(model) if muon() else []
         others = for_adamw(model, {id(p) for p in matrices})
         groups = [
-            {"params": [p for p in others if decays(p)], "weight_decay": WEIGHT_DECAY},
-            {"params": [p for p in others if not decays(p)], "weight_decay": 0.0},
+            {
+                "params": [p for p in others if decays(p)],
+                "weight_decay": WEIGHT_DECAY,
+            },
+            {
+                "params": [p for p in others if not decays(p)],
+                "weight_decay": 0.0,
+            },
         ]
         groups = [group for group in groups if group["params"]]
         adamw = torch.optim.AdamW(groups, betas=betas or BETAS)
@@ -415,7 +421,13 @@ def train_with(
                 if keep:
                     run["history"][step] = losses
                 if may_save(step, begin):
-                    save_step(run, step, model, optimizers, time.perf_counter() - start)
+                    save_step(
+                        run,
+                        step,
+                        model,
+                        optimizers,
+                        time.perf_counter() - start,
+                    )
 
         for step in range(first(run), last(run) + 1):
             if evaluate_first:
@@ -1345,7 +1357,10 @@ MultiHead = heads_with(
 # --- MultiHead: a position does not see itself: hide only what is above the diagonal. Use Head.
 MultiHead = heads_with(
     attend=lambda q, k, v: F.scaled_dot_product_attention(
-        q, k, v, attn_mask=torch.ones(q.shape[-2], q.shape[-2]).tril(-1).bool()
+        q,
+        k,
+        v,
+        attn_mask=torch.ones(q.shape[-2], q.shape[-2]).tril(-1).bool(),
     )
 )
 
@@ -1742,7 +1757,8 @@ Block = block_with(right_block, feed_forward=lambda C, dropout: FeedForward(4 * 
 
 # --- Block: the constants N_EMBED, N_HEADS, DROPOUT are used in place of the arguments.
 Block = block_with(
-    right_block, attention=lambda C, H, dropout: MultiHead(N_EMBED, N_HEADS, DROPOUT)
+    right_block,
+    attention=lambda C, H, dropout: MultiHead(N_EMBED, N_HEADS, DROPOUT),
 )
 
 
@@ -2091,7 +2107,8 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
 
 # --- estimate_loss: the short last window counts as much as a whole one: weight each loss with the number of its targets.
 estimate_loss = estimate_with(
-    size=lambda batch_size: 1, mean=lambda losses, counts: sum(losses) / len(losses)
+    size=lambda batch_size: 1,
+    mean=lambda losses, counts: sum(losses) / len(losses),
 )
 
 
@@ -2671,7 +2688,8 @@ get_lr = rates_with(up=lambda step, warmup: step / warmup)
 
 # --- get_lr: the first step has the rate 0: step s has (s + 1) / warmup, and step warmup - 1 the peak.
 get_lr = rates_with(
-    up=lambda step, warmup: step / warmup, left=lambda step, n, w: (n - step) / (n - w)
+    up=lambda step, warmup: step / warmup,
+    left=lambda step, n, w: (n - step) / (n - w),
 )
 
 

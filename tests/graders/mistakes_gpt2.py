@@ -37,7 +37,9 @@ def attend(q, k, v, mask):
 
 
 def cache_with(
-    start=lambda length: length, result=lambda k, v, n: (k[:, :, :n], v[:, :, :n]), more=lambda n: n
+    start=lambda length: length,
+    result=lambda k, v, n: (k[:, :, :n], v[:, :, :n]),
+    more=lambda n: n,
 ):
     """Return a class Cache, in which one of these is wrong."""
 
@@ -120,10 +122,25 @@ def gpt2_with(
 
     class LM(nn.Module):
         def __init__(
-            self, vocab_size, block_size, n_embed, n_heads, n_layers, dropout, qkv_bias=True
+            self,
+            vocab_size,
+            block_size,
+            n_embed,
+            n_heads,
+            n_layers,
+            dropout,
+            qkv_bias=True,
         ):
             super().__init__()
-            sizes = (vocab_size, block_size, n_embed, n_heads, n_layers, dropout, qkv_bias)
+            sizes = (
+                vocab_size,
+                block_size,
+                n_embed,
+                n_heads,
+                n_layers,
+                dropout,
+                qkv_bias,
+            )
             names = "vocab_size block_size n_embed n_heads n_layers dropout qkv_bias".split()
             self.config = config(dict(zip(names, sizes)))
             self.block_size = block_size
@@ -306,7 +323,13 @@ def train_with(
                 if keep:
                     run["history"][step] = losses
                 if may_save(step, begin):
-                    save_step(run, step, model, optimizers, time.perf_counter() - start)
+                    save_step(
+                        run,
+                        step,
+                        model,
+                        optimizers,
+                        time.perf_counter() - start,
+                    )
 
         for step in range(first(run), last(run) + 1):
             if evaluate_first:
@@ -343,7 +366,10 @@ Tokenizer = ids_with(lambda self, text: [*right_ids(self, text), self.encoding.e
 
 
 # --- Tokenizer: each id is decoded on its own: a character can have several tokens. Decode all together.
-Tokenizer = ids_with(right_ids, lambda self, ids: "".join(self.encoding.decode([i]) for i in ids))
+Tokenizer = ids_with(
+    right_ids,
+    lambda self, ids: "".join(self.encoding.decode([i]) for i in ids),
+)
 
 
 # --- Tokenizer: decode returns bytes: return a string.
@@ -369,13 +395,19 @@ def split_text(tokens, train_share, max_val_tokens, block_size):
 # --- split_text: the parts overlap by one token.
 def split_text(tokens, train_share, max_val_tokens, block_size):
     cut = int(train_share * len(tokens))
-    return {"train": tokens[:cut], "val": tokens[cut - 1 : cut - 1 + max_val_tokens]}
+    return {
+        "train": tokens[:cut],
+        "val": tokens[cut - 1 : cut - 1 + max_val_tokens],
+    }
 
 
 # --- split_text: the validation part is one token too long: max_val_tokens.
 def split_text(tokens, train_share, max_val_tokens, block_size):
     cut = int(train_share * len(tokens))
-    return {"train": tokens[:cut], "val": tokens[cut : cut + max_val_tokens + 1]}
+    return {
+        "train": tokens[:cut],
+        "val": tokens[cut : cut + max_val_tokens + 1],
+    }
 
 
 # --- split_text: the validation part is cut at max_val_tokens of the whole text: tokens[cut : cut + max_val_tokens].
@@ -410,13 +442,15 @@ Head = head_with(lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, i
 # --- Head: several new tokens see only the first keys: new token t has S - T earlier ones in front of it. Use
 # tril(S - T).
 Head = head_with(
-    attend, lambda T, S: torch.ones(T, S).tril().bool() if T > 1 else torch.ones(1, S).bool()
+    attend,
+    lambda T, S: torch.ones(T, S).tril().bool() if T > 1 else torch.ones(1, S).bool(),
 )
 
 
 # --- Head: several new tokens see those that come after them: mask with tril(S - T).
 Head = head_with(
-    attend, lambda T, S: torch.ones(T, S).tril().bool() if T == S else torch.ones(T, S).bool()
+    attend,
+    lambda T, S: torch.ones(T, S).tril().bool() if T == S else torch.ones(T, S).bool(),
 )
 
 
@@ -425,7 +459,10 @@ Head = head_with(attend, lambda T, S: torch.ones(T, T).tril().bool())
 
 
 # --- Head: one position too few: the newest token does not see itself. Use tril(S - T).
-Head = head_with(attend, lambda T, S: torch.ones(T, S).tril(S - T - 1 if S > T else 0).bool())
+Head = head_with(
+    attend,
+    lambda T, S: torch.ones(T, S).tril(S - T - 1 if S > T else 0).bool(),
+)
 
 
 # --- Cache: the length is not kept: self.length must grow with each append.
@@ -817,7 +854,8 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         with torch.no_grad():
             logits, _ = model(torch.tensor([new]), caches=caches)
         token = torch.multinomial(
-            next_token_probabilities(logits[0, -1], temperature, top_k, top_p), 1
+            next_token_probabilities(logits[0, -1], temperature, top_k, top_p),
+            1,
         ).item()
         ids = [*ids, token]
         yield token
@@ -866,7 +904,8 @@ generate = writer_with(gradients=True)
 
 # --- generate: the caller's list is changed: work on a copy.
 generate = writer_with(
-    start=lambda ids: ids, crop=lambda ids, T: ids if ids.__delitem__(slice(0, -T)) is None else ids
+    start=lambda ids: ids,
+    crop=lambda ids, T: ids if ids.__delitem__(slice(0, -T)) is None else ids,
 )
 
 

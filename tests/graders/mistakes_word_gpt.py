@@ -61,7 +61,11 @@ def words_with(
             self.vocab_size = size(vocabulary)
             self.stoi = {word: i for i, word in enumerate(vocabulary)}
 
-    Words.encode, Words.encode_clean, Words.decode = encode, encode_clean, decode
+    Words.encode, Words.encode_clean, Words.decode = (
+        encode,
+        encode_clean,
+        decode,
+    )
     return Words
 
 
@@ -78,7 +82,10 @@ def documents_with(
     def split_documents(documents, train_share, val_share):
         n = len(documents)
         documents = shuffle(documents)
-        i, j = first(n, train_share, val_share), second(n, train_share, val_share)
+        i, j = (
+            first(n, train_share, val_share),
+            second(n, train_share, val_share),
+        )
         return dict(zip(("train", "val", "test"), parts(documents, i, j)))
 
     return split_documents
@@ -178,15 +185,35 @@ def word_lm_with(
     start_positions=lambda p: nn.init.normal_(p, std=0.02),
     groups=lambda cutoffs: cutoffs,
     config=lambda c: c,
-    result=lambda self, x, y: (None, self.lm_head.losses(x[y != -100], y[y != -100]).mean()),
+    result=lambda self, x, y: (
+        None,
+        self.lm_head.losses(x[y != -100], y[y != -100]).mean(),
+    ),
     logits=lambda self, x: self.lm_head(x),
 ):
     """Return a class LM, in which one of these is wrong."""
 
     class LM(nn.Module):
-        def __init__(self, vocab_size, block_size, n_embed, n_heads, n_layers, dropout, cutoffs=()):
+        def __init__(
+            self,
+            vocab_size,
+            block_size,
+            n_embed,
+            n_heads,
+            n_layers,
+            dropout,
+            cutoffs=(),
+        ):
             super().__init__()
-            sizes = (vocab_size, block_size, n_embed, n_heads, n_layers, dropout, cutoffs)
+            sizes = (
+                vocab_size,
+                block_size,
+                n_embed,
+                n_heads,
+                n_layers,
+                dropout,
+                cutoffs,
+            )
             names = "vocab_size block_size n_embed n_heads n_layers dropout cutoffs".split()
             self.config = config(dict(zip(names, sizes)))
             self.block_size = block_size
@@ -239,8 +266,17 @@ def word_loss_with(
                 hidden, targets = model.hidden(x)[y != -100], y[y != -100]
                 losses.append(model.lm_head.losses(hidden, targets))
                 knowns.append(known(losses[-1], targets))
-                found.append(hits(model.lm_head.hits(hidden, targets, losses[-1]), targets))
-        return {"loss": mean(losses), "known": mean(knowns), "accuracy": mean(found)}
+                found.append(
+                    hits(
+                        model.lm_head.hits(hidden, targets, losses[-1]),
+                        targets,
+                    )
+                )
+        return {
+            "loss": mean(losses),
+            "known": mean(knowns),
+            "accuracy": mean(found),
+        }
 
     return estimate_loss
 
@@ -460,7 +496,10 @@ build_vocabulary = vocabulary_with(key=lambda counts: lambda word: -counts[word]
 # --- build_vocabulary: equally frequent words are sorted backwards.
 def build_vocabulary(documents, min_freq):
     counts = Counter(" ".join(documents).split())
-    words = sorted(((n, word) for word, n in counts.items() if n >= min_freq), reverse=True)
+    words = sorted(
+        ((n, word) for word, n in counts.items() if n >= min_freq),
+        reverse=True,
+    )
     return ["<pad>", "<unk>", "<eos>", *(word for _, word in words)]
 
 
@@ -512,7 +551,10 @@ Tokenizer = words_with(encode_clean=lambda self, text: [self.stoi.get(c, 1) for 
 
 # --- Tokenizer: encode adds <eos>: split_text does that.
 Tokenizer = words_with(
-    encode=lambda self, text: [*self.encode_clean(clean(text, self.cleaning)), 2]
+    encode=lambda self, text: [
+        *self.encode_clean(clean(text, self.cleaning)),
+        2,
+    ]
 )
 
 
@@ -601,7 +643,8 @@ def split_text(documents, tokenizer):
 def split_text(documents, tokenizer):
     return {
         name: torch.tensor(
-            [i for t in texts for i in [2, *tokenizer.encode_clean(t)]], dtype=torch.int32
+            [i for t in texts for i in [2, *tokenizer.encode_clean(t)]],
+            dtype=torch.int32,
         )
         for name, texts in documents.items()
     }
@@ -611,7 +654,8 @@ def split_text(documents, tokenizer):
 def split_text(documents, tokenizer):
     return {
         name: torch.tensor(
-            [i for t in texts for i in [*tokenizer.encode_clean(t), 0]], dtype=torch.int32
+            [i for t in texts for i in [*tokenizer.encode_clean(t), 0]],
+            dtype=torch.int32,
         )
         for name, texts in documents.items()
     }
@@ -781,7 +825,8 @@ AdaptiveSoftmax = softmax_with(last=lambda ln_p: ln_p.exp())
 
 # --- AdaptiveSoftmax.forward: P in place of ln P: ln(a · b) = ln a + ln b needs ln of both.
 AdaptiveSoftmax = softmax_with(
-    first=lambda logits: logits.softmax(-1), inside=lambda logits: logits.softmax(-1)
+    first=lambda logits: logits.softmax(-1),
+    inside=lambda logits: logits.softmax(-1),
 )
 
 
@@ -918,8 +963,25 @@ LM = word_lm_with(start=lambda p: nn.init.normal_(p))
 
 # --- LM: there is an embedding of the tokens of its own: lm_head embeds them (weight tying).
 class LM(word_lm_with()):
-    def __init__(self, vocab_size, block_size, n_embed, n_heads, n_layers, dropout, cutoffs=()):
-        super().__init__(vocab_size, block_size, n_embed, n_heads, n_layers, dropout, cutoffs)
+    def __init__(
+        self,
+        vocab_size,
+        block_size,
+        n_embed,
+        n_heads,
+        n_layers,
+        dropout,
+        cutoffs=(),
+    ):
+        super().__init__(
+            vocab_size,
+            block_size,
+            n_embed,
+            n_heads,
+            n_layers,
+            dropout,
+            cutoffs,
+        )
         self.token_embedding = nn.Embedding(vocab_size, n_embed)
 
 
@@ -945,7 +1007,10 @@ LM = word_lm_with(drop=lambda self, x: x)
 
 # --- LM.forward: the loss is a sum: it is the mean over the targets.
 LM = word_lm_with(
-    result=lambda self, x, y: (None, self.lm_head.losses(x[y != -100], y[y != -100]).sum())
+    result=lambda self, x, y: (
+        None,
+        self.lm_head.losses(x[y != -100], y[y != -100]).sum(),
+    )
 )
 
 
@@ -960,12 +1025,20 @@ LM = word_lm_with(
 
 # --- LM.forward: targets of -100 are not left out: x[targets != -100], targets[targets != -100].
 LM = word_lm_with(
-    result=lambda self, x, y: (None, self.lm_head.losses(x.flatten(0, 1), y.flatten()).mean())
+    result=lambda self, x, y: (
+        None,
+        self.lm_head.losses(x.flatten(0, 1), y.flatten()).mean(),
+    )
 )
 
 
 # --- LM.forward: one loss per target is returned: return their mean.
-LM = word_lm_with(result=lambda self, x, y: (None, self.lm_head.losses(x[y != -100], y[y != -100])))
+LM = word_lm_with(
+    result=lambda self, x, y: (
+        None,
+        self.lm_head.losses(x[y != -100], y[y != -100]),
+    )
+)
 
 
 # --- LM.forward: only the loss is returned: return None, loss.

@@ -75,7 +75,11 @@ def plain(value):
         if value.dtype in (torch.bfloat16, torch.float16):
             value = value.float()
         dtype = str(value.dtype).removeprefix("torch.")
-        return {"tensor": value.tolist(), "shape": list(value.shape), "dtype": dtype}
+        return {
+            "tensor": value.tolist(),
+            "shape": list(value.shape),
+            "dtype": dtype,
+        }
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -91,7 +95,10 @@ def plain(value):
     if isinstance(value, Sample):
         return {"sample": [plain(part) for part in value.values]}
     if hasattr(value, "tolist"):  # a number or an array of NumPy
-        return {"object": f"{type(value).__name__} of NumPy", "value": value.tolist()}
+        return {
+            "object": f"{type(value).__name__} of NumPy",
+            "value": value.tolist(),
+        }
     return {"object": type(value).__name__}
 
 
@@ -312,7 +319,10 @@ def check_written(script, piece, tree, file):
 def check_allowed(piece, statements):
     """Raise Wrong if the code imports the original, or a whole part of the lesson from PyTorch."""
     text = "\n".join(ast.unparse(statement) for statement in statements)
-    whole = re.search(r"\b(MultiheadAttention|Transformer\w*|scaled_dot_product_attention)\b", text)
+    whole = re.search(
+        r"\b(MultiheadAttention|Transformer\w*|scaled_dot_product_attention)\b",
+        text,
+    )
     allowed = {"MultiHead": ("MultiheadAttention", "scaled_dot_product_attention")}
     allowed["Head"] = ("scaled_dot_product_attention",)
     if whole and whole[1] not in allowed.get(piece.name, ()):
@@ -384,11 +394,14 @@ def enough_is_seen(seen, right):
     """Return whether a value is wrong, and random draws come next: they take long."""
     if len(seen) >= len(right):
         return False
-    coming = right[len(seen)][1]
-    if not isinstance(coming, dict) or "sample" not in coming:
+    if not is_sample(right[len(seen)][1]):
         return False
-    pairs = zip(seen, right, strict=False)
-    return not all(judge.same(a[1], b[1]) for a, b in pairs)
+    pairs = [(a[1], b[1]) for a, b in zip(seen, right, strict=False)]
+    return not all(judge.same(a, b) for a, b in pairs if not is_sample(b))
+
+
+def is_sample(value):
+    return isinstance(value, dict) and "sample" in value
 
 
 def describe_error(error, source, file):
@@ -400,7 +413,11 @@ def describe_error(error, source, file):
             where = f"in {frame.f_code.co_name}, line {number} of {file}"
             place = f"{where}: `{lines[number - 1].strip()}`"
     message = " ".join(str(error).split())
-    short = {"type": type(error).__name__, "message": message[:200], "place": place}
+    short = {
+        "type": type(error).__name__,
+        "message": message[:200],
+        "place": place,
+    }
     return short | {"same": ERASED.sub("", message)[:150]}
 
 

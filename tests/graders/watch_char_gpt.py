@@ -42,8 +42,14 @@ def watch_tokenizer(gpt):
     yield "encode('bet')", tokenizer.encode("bet")
     yield "encode('')", tokenizer.encode("")
     yield "decode([4, 9, 4])", tokenizer.decode([4, 9, 4])
-    yield f"decode(encode({text!r}))", tokenizer.decode(tokenizer.encode(text))
-    yield "encode('bét'), with a character that the text lacks,", outcome(tokenizer.encode, "bét")
+    yield (
+        f"decode(encode({text!r}))",
+        tokenizer.decode(tokenizer.encode(text)),
+    )
+    yield (
+        "encode('bét'), with a character that the text lacks,",
+        outcome(tokenizer.encode, "bét"),
+    )
 
 
 def watch_split_text(gpt):
@@ -52,7 +58,10 @@ def watch_split_text(gpt):
     gpt.TRAIN_SHARE, gpt.BLOCK_SIZE = 0.5, 8
     parts = gpt.split_text(text, tokenizer, 0.75, 4)
     for name in ("train", "val"):
-        yield f"{name} part", tensor(entry(parts, "split_text", name), f"split_text(...)[{name!r}]")
+        yield (
+            f"{name} part",
+            tensor(entry(parts, "split_text", name), f"split_text(...)[{name!r}]"),
+        )
     yield "type of the ids", str(parts["train"].dtype)
 
 
@@ -61,18 +70,30 @@ def watch_get_batch(gpt, tokens=TOKENS):
     N, T = 12, 4
     text = tokens[:N]
     x, y = batch = two(gpt.get_batch(text, 256, T, "cpu"), "get_batch", "two tensors x, y")
-    yield "shapes of x and y", [list(tensor(part, "get_batch").shape) for part in batch]
+    yield (
+        "shapes of x and y",
+        [list(tensor(part, "get_batch").shape) for part in batch],
+    )
     yield "types of x and y", [str(x.dtype), str(y.dtype)]
     place = {token: i for i, token in enumerate(text.tolist())}
     rows = [[place.get(token, -1) for token in row] for row in x.tolist()]
     first = sorted({row[0] for row in rows})
-    yield "x for the first of 256 windows of T = 4 is found in the text", min(first) >= 0
+    yield (
+        "x for the first of 256 windows of T = 4 is found in the text",
+        min(first) >= 0,
+    )
     steps = {tuple(token - row[0] for token in row) for row in rows}
-    yield "places of a row of x, counted from its first token", sorted(map(list, steps))
+    yield (
+        "places of a row of x, counted from its first token",
+        sorted(map(list, steps)),
+    )
     targets = set()
     for row, target in zip(rows, y.tolist(), strict=True):
         targets.add(tuple(place.get(token, -99) - row[0] for token in target))
-    yield "places of a row of y, counted from the first token of x", sorted(map(list, targets))
+    yield (
+        "places of a row of y, counted from the first token of x",
+        sorted(map(list, targets)),
+    )
     yield "number of different places where 256 windows begin", len(first)
     yield "places where 256 windows of a text of 12 tokens begin", first
     calls = [gpt.get_batch(text, 4, T, "cpu")[0] for _ in range(3)]
@@ -90,11 +111,17 @@ def watch_head(gpt):
     yield "result", tensor(head(q, k, v), "Head")
     yield "q, k and v after the call (they must not change)", inputs
     q, k, v = before
-    yield "result for one token", tensor(head(q[:, :, :1], k[:, :, :1], v[:, :, :1]), "Head")
+    yield (
+        "result for one token",
+        tensor(head(q[:, :, :1], k[:, :, :1], v[:, :, :1]), "Head"),
+    )
     yield "result for large scores", tensor(head(20 * q, 20 * k, v), "Head")
     yield (
         "result for another shape",
-        tensor(head(q[:1, :1, :3, :2], k[:1, :1, :3, :2], v[:1, :1, :3, :2]), "Head"),
+        tensor(
+            head(q[:1, :1, :3, :2], k[:1, :1, :3, :2], v[:1, :1, :3, :2]),
+            "Head",
+        ),
     )
 
 
@@ -108,16 +135,28 @@ def watch_multi_head(gpt, *more):
         "result, with all numbers of the matrices 0.3 and no biases,",
         tensor(layer(x), "MultiHead"),
     )
-    yield "how many numbers the matrices have for C = 12", size_of_matrices(layer)
+    yield (
+        "how many numbers the matrices have for C = 12",
+        size_of_matrices(layer),
+    )
     layer = random_parameters(gpt.MultiHead(C, H, 0.0, *more)).eval()
     before = layer(x)
     later = torch.cat([x[:, :4], x[:, 4:] + 1], dim=1)
-    yield "change of earlier results with the last token", (layer(later) - before)[:, :4]
+    yield (
+        "change of earlier results with the last token",
+        (layer(later) - before)[:, :4],
+    )
     turned = x[:, [2, 0, 1, 3, 4]]
     change = (layer(turned) - before)[:, -1]
-    yield "change of the last result if earlier tokens change places", Near(change, 1e-3)
+    yield (
+        "change of the last result if earlier tokens change places",
+        Near(change, 1e-3),
+    )
     other = torch.cat([x[:1], x[1:] + 1])
-    yield "change of the first text's result with the second text", (layer(other) - before)[:1]
+    yield (
+        "change of the first text's result with the second text",
+        (layer(other) - before)[:1],
+    )
     single = torch.cat([torch.zeros(1, 1, C), torch.eye(C)[:, None]])  # texts of one token
     results = layer(single)
     matrix = (results[1:] - results[:1])[:, 0]  # what a single token is multiplied by
@@ -130,7 +169,10 @@ def watch_feed_forward(gpt):
     x = numbers(2, 3, 6)
     gpt.N_EMBED, gpt.DROPOUT = 12, 0.25
     layer = fill(gpt.FeedForward(6, 0.0), numbers_by_size).eval()
-    yield "how many numbers the matrices have for C = 6", size_of_matrices(layer)
+    yield (
+        "how many numbers the matrices have for C = 6",
+        size_of_matrices(layer),
+    )
     yield "result", tensor(layer(x), "FeedForward")
     yield from watch_dropout(lambda rate: gpt.FeedForward(6, rate), x)
 
@@ -196,18 +238,31 @@ def watch_lm(gpt):
     gpt.Block, PlainBlock.calls = PlainBlock, ()
     set_other_sizes(gpt)
     V, T, C = 65, 7, 32
-    config = dict(vocab_size=V, block_size=T, n_embed=C, n_heads=4, n_layers=2, dropout=0.25)
+    config = dict(
+        vocab_size=V,
+        block_size=T,
+        n_embed=C,
+        n_heads=4,
+        n_layers=2,
+        dropout=0.25,
+    )
     model = gpt.LM(**config)
     yield "arguments with which each Block was made", PlainBlock.calls
     yield "config", dict(model.config)
     yield "block_size", model.block_size
     sizes = [p.numel() for p in model.parameters()]
-    yield "number of parameters for V = 65, T = 7, C = 32 and 2 Blocks of 1", sum(sizes)
+    yield (
+        "number of parameters for V = 65, T = 7, C = 32 and 2 Blocks of 1",
+        sum(sizes),
+    )
     torch.manual_seed(0)
     idx, targets = torch.randint(V, (2, 64, T))
     with torch.no_grad():
         loss = two(model.eval()(idx, targets), "LM.forward", "logits, loss")[1]
-    yield "loss of a new model minus ln V", Near(float(loss) - math.log(V), 0.05)
+    yield (
+        "loss of a new model minus ln V",
+        Near(float(loss) - math.log(V), 0.05),
+    )
     yield from watch_lm_forward(gpt)
 
 
@@ -229,7 +284,10 @@ def watch_lm_forward(gpt):
     yield "loss without targets", loss
     logits, loss = two(model(idx, targets), "LM.forward", "logits, loss")
     yield "loss", loss
-    yield "backward can go back from the loss", getattr(loss, "requires_grad", False)
+    yield (
+        "backward can go back from the loss",
+        getattr(loss, "requires_grad", False),
+    )
     yield "logits, if there are targets,", tensor(logits, "LM.forward")
     padded = targets.clone()
     padded[:, 2:] = -100
@@ -248,7 +306,12 @@ class Table(nn.Module):
         self.scale = scale
         self.bias = nn.Parameter(torch.zeros(len(table)))
         self.config = {"block_size": block_size, "vocab_size": len(table)}
-        self.seen, self.modes, self.gradients, self.longest = [], set(), set(), 0
+        self.seen, self.modes, self.gradients, self.longest = (
+            [],
+            set(),
+            set(),
+            0,
+        )
 
     def forward(self, idx, targets=None):
         if not isinstance(idx, torch.Tensor) or idx.dim() != 2:
@@ -263,7 +326,10 @@ class Table(nn.Module):
 
     def calls(self):
         """Return how it was called: in which mode, with gradients or without."""
-        yield "modes in which the model was called (True: training)", sorted(self.modes)
+        yield (
+            "modes in which the model was called (True: training)",
+            sorted(self.modes),
+        )
         yield "calls with gradients recorded", sorted(self.gradients)
 
 
@@ -280,10 +346,19 @@ def watch_estimate_loss(gpt, dtype=torch.int64):
         Varies([float(entry(x, "estimate_loss", "loss")) for x in (losses, again)]),
     )
     yield "loss of 22 targets", entry(losses, "estimate_loss", "loss")
-    yield "loss in batches of 4 windows", gpt.estimate_loss(model, tokens, 4)["loss"]
-    yield "loss of 20 targets", gpt.estimate_loss(model, tokens[:21], 2)["loss"]
+    yield (
+        "loss in batches of 4 windows",
+        gpt.estimate_loss(model, tokens, 4)["loss"],
+    )
+    yield (
+        "loss of 20 targets",
+        gpt.estimate_loss(model, tokens[:21], 2)["loss"],
+    )
     yield from model.calls()
-    yield "change of the model's parameters", (model.table - table).abs().sum()
+    yield (
+        "change of the model's parameters",
+        (model.table - table).abs().sum(),
+    )
     yield "largest batch for batch_size 2", largest_batch(gpt, tokens)
     yield "random numbers used", int((torch.get_rng_state() != state).sum())
     yield from watch_eval_iters(gpt, dtype)
@@ -308,7 +383,10 @@ def watch_eval_iters(gpt, dtype):
     yield "change of the loss in a second call", float(again) - float(first)
     few = Table(numbers(101, 101))
     gpt.estimate_loss(few, ids, 2, 100)
-    yield "windows for eval_iters = 100", sum(len(batch) for batch in few.seen)
+    yield (
+        "windows for eval_iters = 100",
+        sum(len(batch) for batch in few.seen),
+    )
 
 
 def watch_orthogonalize(gpt):
@@ -334,7 +412,10 @@ def watch_muon(gpt):
             p.grad = gradient.clone()
         optimizer.step()
         if step in (0, 3):
-            yield f"matrices after {step + 1} steps", [Near(p, 1e-3) for p in matrices]
+            yield (
+                f"matrices after {step + 1} steps",
+                [Near(p, 1e-3) for p in matrices],
+            )
             changes = [p.grad - g for p, g in zip(matrices, gradients, strict=True)]
             yield "change of the gradients", changes
     yield "a matrix without a gradient", unused
@@ -347,9 +428,15 @@ def watch_make_optimizers(gpt, sizes=(11, 6, 8, 2, 2, 0.0)):
         optimizers = gpt.make_optimizers(model)
         if not isinstance(optimizers, list | tuple):
             raise Wrong(f"make_optimizers returned {kind(optimizers)}: return a list of optimizers")
-        yield f"the optimizers with MUON = {gpt.MUON}", [type(o).__name__ for o in optimizers]
+        yield (
+            f"the optimizers with MUON = {gpt.MUON}",
+            [type(o).__name__ for o in optimizers],
+        )
         for name, p in model.named_parameters():
-            yield f"with MUON = {gpt.MUON}, {name} is", owner_of(p, optimizers)
+            yield (
+                f"with MUON = {gpt.MUON}, {name} is",
+                owner_of(p, optimizers),
+            )
         (adamw,) = [o for o in optimizers if isinstance(o, torch.optim.AdamW)]
         yield "betas of AdamW", adamw.param_groups[0]["betas"]
 
@@ -367,10 +454,22 @@ def owner_of(p, optimizers):
 
 
 def watch_get_lr(gpt):
-    gpt.WARMUP_ITERS, gpt.FINAL_LR, gpt.MAX_ITERS, gpt.LEARNING_RATE = 4, 0.1, 70, 5.0
-    for n, steps in ((50, "0 to 49 of 50"), (20, "0 to 19 of 20"), (5, "0 to 4 of 5")):
+    gpt.WARMUP_ITERS, gpt.FINAL_LR, gpt.MAX_ITERS, gpt.LEARNING_RATE = (
+        4,
+        0.1,
+        70,
+        5.0,
+    )
+    for n, steps in (
+        (50, "0 to 49 of 50"),
+        (20, "0 to 19 of 20"),
+        (5, "0 to 4 of 5"),
+    ):
         rates = [gpt.get_lr(step, n, 2.0) for step in range(n)]
-        yield f"rates of steps {steps}, with peak 2, FINAL_LR 0.1 and WARMUP_ITERS 4", rates
+        yield (
+            f"rates of steps {steps}, with peak 2, FINAL_LR 0.1 and WARMUP_ITERS 4",
+            rates,
+        )
 
 
 class NotedSGD(torch.optim.SGD):
@@ -407,9 +506,19 @@ def watch_train_step(gpt, batch=3):
             yield "events", Note(list(events))
             yield "loss", loss
             yield "training mode", sorted(model.modes)
-            yield "rates of the optimizers", [o.param_groups[0]["lr"] for o in optimizers]
-        parameters = [model.table.detach().clone(), model.bias.detach().clone()]
-        yield f"parameters after {step + 1} steps, this one with GRADIENT_CLIP {clip},", parameters
+            yield (
+                "rates of the optimizers",
+                [o.param_groups[0]["lr"] for o in optimizers],
+            )
+        parameters = [
+            model.table.detach().clone(),
+            model.bias.detach().clone(),
+        ]
+        yield (
+            f"parameters after {step + 1} steps, this one with GRADIENT_CLIP {clip},",
+            parameters,
+        )
+    yield "all events", Note(events)
     yield "loss of the last step", loss
 
 
@@ -431,7 +540,10 @@ def watch_rehearsals(gpt):
     yield "steps that were trained", whole.log["train_step"]
     yield "steps for which get_lr was asked", whole.log["get_lr"]
     yield "the peak for get_lr", whole.log["peak"]
-    yield "tokens, B and T with which get_batch was called", whole.log["get_batch"]
+    yield (
+        "tokens, B and T with which get_batch was called",
+        whole.log["get_batch"],
+    )
     yield "steps that were evaluated", whole.log["evaluate"]
     yield "steps that were saved", whole.log["save_step"]
     yield "steps in run['history']", sorted(whole.values["history"])
@@ -440,13 +552,25 @@ def watch_rehearsals(gpt):
     yield "arguments of save_step", whole.log["save_step arguments"]
     again = Rehearsal(gpt, 3, 5)
     again.run()
-    yield "resumed at step 3: steps that were trained", again.log["train_step"]
-    yield "resumed at step 3: steps that were evaluated", again.log["evaluate"]
+    yield (
+        "resumed at step 3: steps that were trained",
+        again.log["train_step"],
+    )
+    yield (
+        "resumed at step 3: steps that were evaluated",
+        again.log["evaluate"],
+    )
     yield "resumed at step 3: steps that were saved", again.log["save_step"]
     draws = [whole.draws[3:], again.draws]
-    yield "random numbers of step 3, in a whole and in a resumed run,", Varies(draws)
+    yield (
+        "random numbers of step 3, in a whole and in a resumed run,",
+        Varies(draws),
+    )
     yield "random numbers of two steps", Varies(whole.draws[:2])
-    yield "seconds in save_step contain those of earlier parts", min(again.log["seconds"]) >= 1000
+    yield (
+        "seconds in save_step contain those of earlier parts",
+        min(again.log["seconds"]) >= 1000,
+    )
     yield "and no more", max(again.log["seconds"]) < 2000
     other = Rehearsal(gpt, 0, 5, seed=8)
     other.run()
@@ -460,17 +584,42 @@ class Rehearsal:
 
     def __init__(self, gpt, first, last, seed=7):
         self.gpt, self.order, self.draws = gpt, [], []
-        self.log = {"train_step": [], "get_lr": [], "get_batch": [], "evaluate": [], "peak": []}
+        self.log = {
+            "train_step": [],
+            "get_lr": [],
+            "get_batch": [],
+            "evaluate": [],
+            "peak": [],
+        }
         self.log |= {"save_step": [], "seconds": []}
         self.log |= {"evaluate arguments": [], "save_step arguments": []}
         self.model, self.optimizers = Table(numbers(9, 9)), ["optimizer"]
         self.splits = {"train": torch.arange(5), "val": torch.arange(6)}
         history = {step: self.losses(step) for step in range(first + 1)} if first else {}
-        self.values = {"step": first, "max_iters": last, "seed": seed, "history": history}
-        self.values |= {"prompt": "a", "seconds": 1000.0 if first else 0.0, "path": None}
-        self.values |= {"config": {"block_size": 4}, "best_step": None, "text": "text"}
+        self.values = {
+            "step": first,
+            "max_iters": last,
+            "seed": seed,
+            "history": history,
+        }
+        self.values |= {
+            "prompt": "a",
+            "seconds": 1000.0 if first else 0.0,
+            "path": None,
+        }
+        self.values |= {
+            "config": {"block_size": 4},
+            "best_step": None,
+            "text": "text",
+        }
         self.values["init"] = self.init
-        for name in ("evaluate", "save_step", "get_batch", "train_step", "get_lr"):
+        for name in (
+            "evaluate",
+            "save_step",
+            "get_batch",
+            "train_step",
+            "get_lr",
+        ):
             setattr(gpt, name, getattr(self, name))
         gpt.show_progress = lambda *arguments: None
 
@@ -488,14 +637,23 @@ class Rehearsal:
     def evaluate(self, model, tokenizer, splits, prompt, step):
         self.note("evaluate", step)
         torch.rand(1)  # an evaluation may use random numbers, too
-        right = (model is self.model, splits is self.splits, tokenizer, prompt)
+        right = (
+            model is self.model,
+            splits is self.splits,
+            tokenizer,
+            prompt,
+        )
         self.log["evaluate arguments"].append(right)
         return self.losses(step)
 
     def save_step(self, run, step, model, optimizers, seconds):
         self.note("save_step", step)
         self.log["seconds"].append(seconds)
-        right = (run is self.values, model is self.model, optimizers is self.optimizers)
+        right = (
+            run is self.values,
+            model is self.model,
+            optimizers is self.optimizers,
+        )
         self.log["save_step arguments"].append((*right, step in run["history"]))
         run |= {"step": step, "seconds": seconds, "path": "file"}
 
@@ -537,7 +695,10 @@ def watch_next_token_probabilities(gpt):
     ):
         words = ", ".join(f"{name} = {value}" for name, value in options.items())
         p = gpt.next_token_probabilities(logits, **options)
-        yield f"probabilities with {words or 'no options'}", tensor(p, "next_token_probabilities")
+        yield (
+            f"probabilities with {words or 'no options'}",
+            tensor(p, "next_token_probabilities"),
+        )
     yield "change of the logits", logits - before
     p = gpt.next_token_probabilities(torch.tensor([1000.0, 999.0]))
     yield "probabilities of the logits 1000, 999", p
@@ -561,7 +722,10 @@ def watch_generate(gpt):
     short = Table(50.0 * F.one_hot(follow, V).float(), T)
     list(gpt.generate(short, [5], 2))
     yield "what the model saw after a prompt of one token", short.seen
-    yield "tokens for max_new_tokens = 0", len(list(gpt.generate(short, [5], 0)))
+    yield (
+        "tokens for max_new_tokens = 0",
+        len(list(gpt.generate(short, [5], 0))),
+    )
     yield from watch_draws(gpt)
 
 
@@ -569,7 +733,13 @@ def watch_draws(gpt, model_class=Table):
     """Draw from a model that gives 0, 1, 2, 3 the probabilities 0.08, 0.12, 0.2, 0.6 everywhere."""
     model = model_class(torch.tensor([0.08, 0.12, 0.2, 0.6]).log().expand(4, 4), 4)
     torch.manual_seed(5)
-    options = [{}, {"temperature": 0.25}, {"top_k": 2}, {"top_p": 0.7}, {"temperature": 0}]
+    options = [
+        {},
+        {"temperature": 0.25},
+        {"top_k": 2},
+        {"top_p": 0.7},
+        {"temperature": 0},
+    ]
     for option in options:
         tokens = [int(token) for token in gpt.generate(model, [0], 250, **option)]
         words = ", ".join(f"{name} = {value}" for name, value in option.items())

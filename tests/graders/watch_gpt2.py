@@ -56,7 +56,10 @@ def watch_tokenizer(gpt):
     yield "encode('é')", tokenizer.encode("é")
     yield f"encode('a{END}')", tokenizer.encode(f"a{END}")
     yield "encode('')", tokenizer.encode("")
-    yield "decode([256, 101, 195, 169, 259])", tokenizer.decode([256, 101, 195, 169, 259])
+    yield (
+        "decode([256, 101, 195, 169, 259])",
+        tokenizer.decode([256, 101, 195, 169, 259]),
+    )
     yield "decode of a generator", tokenizer.decode(i for i in [256, 101])
     yield "vocabulary", tokenizer.vocabulary
 
@@ -68,7 +71,10 @@ def watch_split_text(gpt):
     for name in ("train", "val"):
         part = entry(parts, "split_text", name)
         yield f"{name} part", tensor(part, f"split_text(...)[{name!r}]")
-    yield "val part with room for all", gpt.split_text(tokens, 0.8, 70, 10)["val"]
+    yield (
+        "val part with room for all",
+        gpt.split_text(tokens, 0.8, 70, 10)["val"],
+    )
 
 
 def watch_get_batch(gpt):
@@ -79,11 +85,20 @@ def watch_stream(gpt):
     tokenizer = SimpleNamespace(encoding=small_encoding())
     ids = [*"aé→🙂".encode(), 258, 0xE2, 0x86]
     pieces = list(gpt.stream(tokenizer, iter(ids)))
-    yield "all pieces together, the last character broken off", "".join(pieces)
-    yield "pieces that are a broken character", sum("\ufffd" in piece for piece in pieces)
+    yield (
+        "all pieces together, the last character broken off",
+        "".join(pieces),
+    )
+    yield (
+        "pieces that are a broken character",
+        sum("\ufffd" in piece for piece in pieces),
+    )
     first = next(iter(gpt.stream(tokenizer, (i for i in [258, 1]))))
     yield "first piece of ' th'", first
-    yield "a byte that is no UTF-8", "".join(gpt.stream(tokenizer, [97, 0xFF, 98]))
+    yield (
+        "a byte that is no UTF-8",
+        "".join(gpt.stream(tokenizer, [97, 0xFF, 98])),
+    )
 
 
 # --- Model ----------------------------------------------------------------------------------------
@@ -91,8 +106,14 @@ def watch_head(gpt):
     yield from char.watch_head(gpt)
     q, k, v = (numbers(2, 3, 5, 6, seed=i) for i in range(3))
     head = gpt.Head()
-    yield "result of the newest token, of 5", tensor(head(q[:, :, 4:], k, v), "Head")
-    yield "result of the 2 newest tokens, of 5", tensor(head(q[:, :, 3:], k, v), "Head")
+    yield (
+        "result of the newest token, of 5",
+        tensor(head(q[:, :, 4:], k, v), "Head"),
+    )
+    yield (
+        "result of the 2 newest tokens, of 5",
+        tensor(head(q[:, :, 3:], k, v), "Head"),
+    )
 
 
 def watch_cache(gpt):
@@ -116,10 +137,19 @@ def watch_multi_head(gpt):
     layer = fill(gpt.MultiHead(12, 3, 0.0), equal_numbers).eval()
     x, cache = numbers(2, 5, 12), gpt.Cache(6)
     for start, end in ((0, 3), (3, 4), (4, 5)):
-        yield f"with a cache, result of tokens {start} to {end - 1}", layer(x[:, start:end], cache)
-    layer, cache = random_parameters(gpt.MultiHead(12, 3, 0.0)).eval(), gpt.Cache(6)
+        yield (
+            f"with a cache, result of tokens {start} to {end - 1}",
+            layer(x[:, start:end], cache),
+        )
+    layer, cache = (
+        random_parameters(gpt.MultiHead(12, 3, 0.0)).eval(),
+        gpt.Cache(6),
+    )
     with_cache = torch.cat([layer(x[:, :3], cache), layer(x[:, 3:4], cache)], dim=1)
-    yield "what a cache changes in the result", Near(with_cache - layer(x[:, :4]), 1e-3)
+    yield (
+        "what a cache changes in the result",
+        Near(with_cache - layer(x[:, :4]), 1e-3),
+    )
     biases = sum(p.numel() for p in layer.parameters() if p.dim() == 1)
     yield "number of biases for C = 12", biases
 
@@ -159,16 +189,25 @@ def watch_lm(gpt):
         model.lm_head.weight is model.token_embedding.weight,
     )
     size = sum(p.numel() for p in model.parameters())
-    yield "number of parameters for V = 300, T = 64, C = 96 and 8 blocks", size
+    yield (
+        "number of parameters for V = 300, T = 64, C = 96 and 8 blocks",
+        size,
+    )
     for name, p in model.named_parameters():
         if p.dim() == 2 and ("blocks" not in name or "blocks.3" in name):
-            yield f"standard deviation of {name} times 100", Near(100 * p.std(), 0.1)
+            yield (
+                f"standard deviation of {name} times 100",
+                Near(100 * p.std(), 0.1),
+            )
     biases = [p.abs().sum() for name, p in model.named_parameters() if name.endswith("bias")]
     yield "sum of all biases", sum(biases)
     rates = sorted({m.p for m in model.modules() if isinstance(m, nn.Dropout)})
     yield "rates of dropout", rates
     bare = gpt.LM(V, T, C, 4, 2, 0.0, False)
-    yield "biases of qkv without qkv_bias", [b.attention.qkv.bias is None for b in bare.blocks]
+    yield (
+        "biases of qkv without qkv_bias",
+        [b.attention.qkv.bias is None for b in bare.blocks],
+    )
     yield "config with qkv_bias = False", dict(bare.config)
     yield from watch_lm_forward(gpt)
 
@@ -201,7 +240,10 @@ def watch_lm_forward(gpt):
     caches = [gpt.Cache(6), gpt.Cache(6)]
     for start, end in ((0, 3), (3, 4)):
         logits = model(idx[:, start:end], caches=caches)[0]
-        yield f"with caches, logits after tokens {start} to {end - 1}", tensor(logits, "LM.forward")
+        yield (
+            f"with caches, logits after tokens {start} to {end - 1}",
+            tensor(logits, "LM.forward"),
+        )
         yield "lengths of the caches", [cache.length for cache in caches]
     yield from watch_dropout(lambda rate: gpt.LM(11, 6, 8, 2, 1, rate), idx)
 
@@ -216,7 +258,10 @@ def watch_openai_name(gpt):
     names = [name for name, _ in original_names(gpt)]
     for name in names:
         yield f"openai_name({name!r})", gpt.openai_name(name)
-    yield "openai_name('blocks.11.ln2.bias')", gpt.openai_name("blocks.11.ln2.bias")
+    yield (
+        "openai_name('blocks.11.ln2.bias')",
+        gpt.openai_name("blocks.11.ln2.bias"),
+    )
 
 
 def original_names(gpt):
@@ -225,7 +270,14 @@ def original_names(gpt):
 
 
 def watch_load_pretrained(gpt):
-    sizes = dict(vocab_size=8, block_size=8, n_embed=8, n_heads=2, n_layers=2, dropout=0.0)
+    sizes = dict(
+        vocab_size=8,
+        block_size=8,
+        n_embed=8,
+        n_heads=2,
+        n_layers=2,
+        dropout=0.0,
+    )
     theirs = random_parameters(gpt.LM(**sizes))
     weights = {gpt.openai_name(name): p.detach() for name, p in theirs.named_parameters()}
     turned = {n: p.T.clone() if ".c_" in n and p.dim() == 2 else p for n, p in weights.items()}
@@ -246,7 +298,10 @@ def watch_load_pretrained(gpt):
     gpt.read_safetensors = lambda path: iter(missing.items())
     yield "a file that lacks ln_f.bias", outcome(load_only, gpt, sizes)
     gpt.read_safetensors = lambda path: iter([*turned.items(), ("h.7.ln_1.bias", torch.ones(8))])
-    yield "a file that has h.7.ln_1.bias as well", outcome(load_only, gpt, sizes)
+    yield (
+        "a file that has h.7.ln_1.bias as well",
+        outcome(load_only, gpt, sizes),
+    )
 
 
 def load_only(gpt, sizes):
@@ -278,11 +333,19 @@ def watch_train_step(gpt):
     gpt.GRADIENT_CLIP = None
     x = torch.zeros(5, 4, dtype=torch.int64)
     gpt.train_step(model, [torch.optim.SGD([model.table], lr=0.0)], x, x, 0.0)
-    yield "windows at a time for BATCH_SIZE = 2 and 5 windows", max(map(len, model.seen))
+    yield (
+        "windows at a time for BATCH_SIZE = 2 and 5 windows",
+        max(map(len, model.seen)),
+    )
 
 
 def watch_train(gpt):
-    gpt.EVAL_INTERVAL, gpt.TOKENS_PER_STEP, gpt.WINDOW, gpt.MAX_ITERS = 2, 12, 4, 11
+    gpt.EVAL_INTERVAL, gpt.TOKENS_PER_STEP, gpt.WINDOW, gpt.MAX_ITERS = (
+        2,
+        12,
+        4,
+        11,
+    )
     gpt.BATCH_SIZE, gpt.COMPILE, gpt.N_RANKS, gpt.RANK = 2, False, 1, 0
     gpt.LEARNING_RATE, gpt.SCRATCH_LEARNING_RATE = 0.5, 0.25
     char.Rehearsal.init = "pretrained"
@@ -314,7 +377,20 @@ class CachedTable(char.Table):
 def watch_generate(gpt):
     gpt.Tokenizer.vocab_size = 12
     gpt.BLOCK_SIZE, gpt.TEMPERATURE, gpt.TOP_K, gpt.TOP_P = 9, 5.0, 3, None
-    follow = [7, 3, 9, 5, 1, 0, 4, 8, 2, 6, 11, 11]  # 0 7 8 2 9 6 4 1 3 5 0 ...; 11 is the end
+    follow = [
+        7,
+        3,
+        9,
+        5,
+        1,
+        0,
+        4,
+        8,
+        2,
+        6,
+        11,
+        11,
+    ]  # 0 7 8 2 9 6 4 1 3 5 0 ...; 11 is the end
     table = torch.full((14, 14), -50.0)
     table[range(12), follow] = 0.0
     model = CachedTable(table, 6).train()

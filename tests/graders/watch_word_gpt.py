@@ -45,14 +45,27 @@ def watch_clean(gpt):
         "",
     ):
         yield f"clean({text!r})", gpt.clean(text)
-    yield "clean('Well-made', 'reference')", gpt.clean("A well-made <b>Café</b>", "reference")
+    yield (
+        "clean('Well-made', 'reference')",
+        gpt.clean("A well-made <b>Café</b>", "reference"),
+    )
 
 
 def watch_build_vocabulary(gpt):
     gpt.MIN_FREQ = 3
-    documents = ["film the film the film the", "film the end so so so plot plot", "rare a a"]
-    yield "the vocabulary for min_freq = 2", gpt.build_vocabulary(documents, 2)
-    yield "the vocabulary for min_freq = 4", gpt.build_vocabulary(documents, 4)
+    documents = [
+        "film the film the film the",
+        "film the end so so so plot plot",
+        "rare a a",
+    ]
+    yield (
+        "the vocabulary for min_freq = 2",
+        gpt.build_vocabulary(documents, 2),
+    )
+    yield (
+        "the vocabulary for min_freq = 4",
+        gpt.build_vocabulary(documents, 4),
+    )
 
 
 def watch_tokenizer(gpt):
@@ -60,13 +73,22 @@ def watch_tokenizer(gpt):
     yield "vocabulary", list(tokenizer.vocabulary)
     yield "vocab_size", tokenizer.vocab_size
     yield "pad, unk and eos", [tokenizer.pad, tokenizer.unk, tokenizer.eos]
-    yield "encode('The film, the PLOTS!')", tokenizer.encode("The film, the PLOTS!")
+    yield (
+        "encode('The film, the PLOTS!')",
+        tokenizer.encode("The film, the PLOTS!"),
+    )
     yield "encode('')", tokenizer.encode("")
-    yield "encode_clean('the end film')", tokenizer.encode_clean("the end film")
+    yield (
+        "encode_clean('the end film')",
+        tokenizer.encode_clean("the end film"),
+    )
     yield "encode_clean('The film,')", tokenizer.encode_clean("The film,")
     yield "decode([3, 4, 2])", tokenizer.decode([3, 4, EOS])
     reference = gpt.Tokenizer([*WORDS, "wellmade"], "reference")
-    yield "with cleaning = 'reference', encode('well-made')", reference.encode("well-made")
+    yield (
+        "with cleaning = 'reference', encode('well-made')",
+        reference.encode("well-made"),
+    )
 
 
 def watch_split_documents(gpt):
@@ -77,12 +99,24 @@ def watch_split_documents(gpt):
     torch.manual_seed(2)
     again = gpt.split_documents(list(documents), 0.5, 0.125)
     parts = [list(entry(once, "split_documents", name)) for name in ("train", "val", "test")]
-    yield "sizes for the shares 0.5 and 0.125 of 40 documents", [len(part) for part in parts]
+    yield (
+        "sizes for the shares 0.5 and 0.125 of 40 documents",
+        [len(part) for part in parts],
+    )
     counts = Counter(text for part in parts for text in part)
     yield "documents that are lost or torn", len(set(documents) - set(counts))
-    yield "documents that are in two parts", sum(n > 1 for n in counts.values())
-    yield "order of the training part, and that of the archive", Varies([parts[0], documents[:20]])
-    yield "all documents by their place", Varies([parts[0] + parts[1] + parts[2], documents])
+    yield (
+        "documents that are in two parts",
+        sum(n > 1 for n in counts.values()),
+    )
+    yield (
+        "order of the training part, and that of the archive",
+        Varies([parts[0], documents[:20]]),
+    )
+    yield (
+        "all documents by their place",
+        Varies([parts[0] + parts[1] + parts[2], documents]),
+    )
     yield "two calls", Varies([once["train"], again["train"]])
     late = sum(int(text.split()[1]) >= 20 for text in parts[0])
     yield (
@@ -93,7 +127,10 @@ def watch_split_documents(gpt):
 
 def watch_split_text(gpt):
     tokenizer = gpt.Tokenizer(list(WORDS))
-    parts = gpt.split_text({"train": ["the film", "film"], "val": ["film rare", "end"]}, tokenizer)
+    parts = gpt.split_text(
+        {"train": ["the film", "film"], "val": ["film rare", "end"]},
+        tokenizer,
+    )
     for name in ("train", "val"):
         part = entry(parts, "split_text", name)
         yield f"{name} part", tensor(part, f"split_text(...)[{name!r}]")
@@ -104,8 +141,15 @@ def watch_cut_windows(gpt):
     gpt.BLOCK_SIZE = 3
 
     def cut(starts, ends):
-        starts, ends = torch.tensor(starts)[:, None], torch.tensor(ends)[:, None]
-        return two(gpt.cut_windows(TOKENS, starts, ends, 4), "cut_windows", "two tensors x, y")
+        starts, ends = (
+            torch.tensor(starts)[:, None],
+            torch.tensor(ends)[:, None],
+        )
+        return two(
+            gpt.cut_windows(TOKENS, starts, ends, 4),
+            "cut_windows",
+            "two tensors x, y",
+        )
 
     x, y = cut([4, 6], [15, 15])
     yield "x inside of a document", tensor(x, "cut_windows")
@@ -127,18 +171,30 @@ def watch_get_batch(gpt):
     original = gpt.cut_windows
     text = TOKENS[4:17].to(torch.int32)  # two documents; but <eos>, each token comes once
     x, y = two(gpt.get_batch(text, 512, 4, "cpu"), "get_batch", "two tensors x, y")
-    yield "shapes of x and y", [list(tensor(part, "get_batch").shape) for part in (x, y)]
+    yield (
+        "shapes of x and y",
+        [list(tensor(part, "get_batch").shape) for part in (x, y)],
+    )
     place = {token: i for i, token in enumerate(text.tolist())}
     starts = [place.get(token, -1) if token != EOS else 10 for token in x[:, 0].tolist()]
-    yield "number of different places where 512 windows begin", len(set(starts))
+    yield (
+        "number of different places where 512 windows begin",
+        len(set(starts)),
+    )
     yield (
         "places where 512 windows of 13 tokens begin (the last token has no next one)",
         sorted(set(starts)),
     )
     ends = torch.full((len(starts), 1), len(text))
     right = original(text, torch.tensor(starts)[:, None].clamp(min=0), ends, 4)
-    yield "x minus what cut_windows gives for these starts", (x - right[0]).abs().max()
-    yield "y minus what cut_windows gives for these starts", (y - right[1]).abs().max()
+    yield (
+        "x minus what cut_windows gives for these starts",
+        (x - right[0]).abs().max(),
+    )
+    yield (
+        "y minus what cut_windows gives for these starts",
+        (y - right[1]).abs().max(),
+    )
     calls = [gpt.get_batch(text, 4, 4, "cpu")[0] for _ in range(3)]
     yield "three batches", Varies([call.tolist() for call in calls])
     x, y = gpt.get_batch(text, 5, 6, "cpu")
@@ -157,7 +213,10 @@ def filled_softmax(gpt, V, C, cutoffs):
 
 def watch_adaptive_softmax(gpt):
     layer = gpt.AdaptiveSoftmax(12, 4, (2, 5, 50))
-    yield "shape of weight for V = 12, C = 4 and the cutoffs 2, 5, 50", list(layer.weight.shape)
+    yield (
+        "shape of weight for V = 12, C = 4 and the cutoffs 2, 5, 50",
+        list(layer.weight.shape),
+    )
     yield "bias of a new layer", layer.bias
     layer = filled_softmax(gpt, 12, 4, (2, 5))
     idx = torch.tensor([[0, 2, 11]])
@@ -182,19 +241,28 @@ def watch_adaptive_losses(gpt):
         2 + torch.arange(24) % 3,
         5 + torch.arange(24) % 7,
     )
-    yield "losses of frequent words", tensor(layer.losses(x, frequent), "losses")
+    yield (
+        "losses of frequent words",
+        tensor(layer.losses(x, frequent), "losses"),
+    )
     yield "losses of words of the first group", layer.losses(x, first)
     yield "losses of words of the second group", layer.losses(x, second)
     mixed = torch.arange(24) % 12
     yield "losses of all words", layer.losses(x, mixed)
-    yield "losses without groups", filled_softmax(gpt, 12, 4, ()).losses(x, mixed)
+    yield (
+        "losses without groups",
+        filled_softmax(gpt, 12, 4, ()).losses(x, mixed),
+    )
 
 
 def watch_adaptive_hits(gpt):
     layer, x = filled_softmax(gpt, 12, 4, (2, 5)), 2 * numbers(300, 4)
     best = layer(x).argmax(-1)
     other = (best + torch.arange(300)) % 12
-    for what, targets in (("of the likeliest words", best), ("of any words", other)):
+    for what, targets in (
+        ("of the likeliest words", best),
+        ("of any words", other),
+    ):
         hits = layer.hits(x, targets, layer.losses(x, targets))
         yield f"hits {what}", tensor(hits, "hits").long()
 
@@ -203,21 +271,40 @@ def watch_lm(gpt):
     gpt.Block, char.PlainBlock.calls = char.PlainBlock, ()
     char.set_other_sizes(gpt)
     gpt.CUTOFFS = (3,)
-    sizes = dict(vocab_size=400, block_size=9, n_embed=32, n_heads=4, n_layers=2, dropout=0.25)
+    sizes = dict(
+        vocab_size=400,
+        block_size=9,
+        n_embed=32,
+        n_heads=4,
+        n_layers=2,
+        dropout=0.25,
+    )
     config = sizes | {"cutoffs": (50,)}
     model = gpt.LM(**config)
     yield "arguments with which each Block was made", char.PlainBlock.calls
-    yield "config", {name: value for name, value in dict(model.config).items()}
+    yield (
+        "config",
+        {name: value for name, value in dict(model.config).items()},
+    )
     yield "block_size", model.block_size
     size = sum(p.numel() for p in model.parameters())
-    yield "number of parameters for V = 400, T = 9, C = 32, one group, and 2 Blocks of 1", size
+    yield (
+        "number of parameters for V = 400, T = 9, C = 32, one group, and 2 Blocks of 1",
+        size,
+    )
     deviations = sorted(p.std().item() for p in model.parameters() if p.dim() == 2)
-    yield "standard deviations of the matrices", [Near(value, 0.15) for value in deviations]
+    yield (
+        "standard deviations of the matrices",
+        [Near(value, 0.15) for value in deviations],
+    )
     torch.manual_seed(0)
     idx, targets = torch.randint(400, (2, 16, 9))
     with torch.no_grad():
         loss = two(model.eval()(idx, targets), "LM.forward", "None, loss")[1]
-    yield "loss of a new model minus ln V", Near(float(loss) - math.log(400), 0.05)
+    yield (
+        "loss of a new model minus ln V",
+        Near(float(loss) - math.log(400), 0.05),
+    )
     yield from watch_lm_forward(gpt)
 
 
@@ -234,8 +321,14 @@ def watch_lm_forward(gpt):
     yield "hidden", tensor(model.hidden(idx), "hidden")
     _, loss = two(model(idx, targets), "LM.forward", "None, loss")
     yield "loss", loss
-    yield "backward can go back from the loss", getattr(loss, "requires_grad", False)
-    yield "loss if half of the targets are -100", model(idx, targets.masked_fill(idx > 4, NO))[1]
+    yield (
+        "backward can go back from the loss",
+        getattr(loss, "requires_grad", False),
+    )
+    yield (
+        "loss if half of the targets are -100",
+        model(idx, targets.masked_fill(idx > 4, NO))[1],
+    )
     yield from watch_dropout(lambda rate: gpt.LM(12, 6, 8, 2, 1, rate), idx)
 
 
@@ -291,11 +384,20 @@ def watch_estimate_loss(gpt):
         yield name, entry(losses, "estimate_loss", name)
     firsts = sorted(window[0] for batch in model.seen for window in batch)
     yield "first tokens of all windows", firsts
-    yield "loss in batches of 4 windows", gpt.estimate_loss(model, tokens, 4)["loss"]
+    yield (
+        "loss in batches of 4 windows",
+        gpt.estimate_loss(model, tokens, 4)["loss"],
+    )
     yield from model.calls()
-    yield "change of the model's parameters", (model.table - table).abs().sum()
+    yield (
+        "change of the model's parameters",
+        (model.table - table).abs().sum(),
+    )
     yield "random numbers used", int((torch.get_rng_state() != state).sum())
-    yield "largest batch for batch_size 3", max(3, *(len(batch) for batch in model.seen[:1]))
+    yield (
+        "largest batch for batch_size 3",
+        max(3, *(len(batch) for batch in model.seen[:1])),
+    )
     yield from watch_eval_iters(gpt)
 
 
@@ -341,7 +443,13 @@ def watch_draws(gpt):
     """Draw from a model that gives 3, 4, 5, 6 the probabilities 0.08, 0.12, 0.2, 0.6 everywhere."""
     model = char.Table(torch.tensor([1e-9, 1e-9, 1e-9, 0.08, 0.12, 0.2, 0.6]).log().expand(7, 7))
     torch.manual_seed(5)
-    options = [{}, {"temperature": 0.25}, {"top_k": 2}, {"top_p": 0.7}, {"temperature": 0}]
+    options = [
+        {},
+        {"temperature": 0.25},
+        {"top_k": 2},
+        {"top_p": 0.7},
+        {"temperature": 0},
+    ]
     for option in options:
         tokens = [int(token) for token in gpt.generate(model, [3], 250, **option)]
         words = ", ".join(f"{name} = {value}" for name, value in option.items())
@@ -357,7 +465,11 @@ def watch_beam_search(gpt):
     model = WordTable(p.log(), 3).train()
     ids = [3, 4, 3, 5]
     for beams in (2, 1):
-        new, score = two(gpt.beam_search(model, ids, 2, beams), "beam_search", "new ids, ln P")
+        new, score = two(
+            gpt.beam_search(model, ids, 2, beams),
+            "beam_search",
+            "new ids, ln P",
+        )
         yield (
             f"new ids with {beams} beams, for 5: 3 0.6, 4 0.4; 3: 3 0.55; 4: 3 0.9",
             list(map(int, new)),
@@ -365,7 +477,10 @@ def watch_beam_search(gpt):
         yield f"their ln P, with {beams} beams", score
     yield "the caller's list", ids
     yield from model.calls()
-    yield "most tokens that the model saw", max(len(row) for batch in model.seen for row in batch)
+    yield (
+        "most tokens that the model saw",
+        max(len(row) for batch in model.seen for row in batch),
+    )
     p[5, [EOS, 4]] = torch.tensor([1.4, 1e-9])
     p[EOS, 3] = 1.0
     new, score = gpt.beam_search(WordTable(p.log(), 3), [5], 4, 2)
@@ -386,7 +501,10 @@ def watch_attention_weights(gpt):
     for i, part in enumerate(weights):
         yield f"weights of block {i}", tensor(part, "attention_weights")
     yield "number of results", len(weights)
-    yield "hooks that are left", sum(len(m._forward_hooks) for m in model.modules())
+    yield (
+        "hooks that are left",
+        sum(len(m._forward_hooks) for m in model.modules()),
+    )
     yield (
         "heads as before",
         [a is b.attention.head for a, b in zip(heads, model.blocks, strict=True)],

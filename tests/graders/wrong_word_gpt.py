@@ -241,7 +241,11 @@ class AdaptiveSoftmax(nn.Module):
         first, *rest = (x @ self.weight.T + self.bias).split(self.rows, -1)
         first = first.log_softmax(-1)
         n = len(self.cutoffs)
-        return torch.cat([first[..., n:]] + [first[..., i : i + 1] + r.log_softmax(-1) for i, r in enumerate(rest)], -1)
+        return torch.cat(
+            [first[..., n:]]
+            + [first[..., i : i + 1] + r.log_softmax(-1) for i, r in enumerate(rest)],
+            -1,
+        )
 
     def losses(self, x, targets):
         return -self(x)[torch.arange(len(targets)), targets]
@@ -310,7 +314,9 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     for _ in range(max_new_tokens):
         logits, _ = model(torch.tensor([ids[-model.block_size :]]))
         logits[..., [0, 1]] = -math.inf
-        token = torch.multinomial(next_token_probabilities(logits[0, -1], temperature, top_k, top_p), 1).item()
+        token = torch.multinomial(
+            next_token_probabilities(logits[0, -1], temperature, top_k, top_p), 1
+        ).item()
         ids.append(token)
         yield token
         if token == Tokenizer.eos:
@@ -324,7 +330,9 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     ids = list(ids)
     for _ in range(max_new_tokens):
         logits, _ = model(torch.tensor([ids[-model.block_size :]]))
-        token = torch.multinomial(next_token_probabilities(logits[0, -1], temperature, top_k, top_p), 1).item()
+        token = torch.multinomial(
+            next_token_probabilities(logits[0, -1], temperature, top_k, top_p), 1
+        ).item()
         if token == Tokenizer.eos:
             return
         ids.append(token)
@@ -374,7 +382,10 @@ def beam_search(model, ids, max_new_tokens, beams):
 def attention_weights(model, ids):
     found = []
     model.eval()
-    hooks = [b.attention.head.register_forward_hook(lambda m, i, o: found.append(o[0])) for b in model.blocks]
+    hooks = [
+        b.attention.head.register_forward_hook(lambda m, i, o: found.append(o[0]))
+        for b in model.blocks
+    ]
     model.hidden(torch.tensor([ids]))
     for hook in hooks:
         hook.remove()
