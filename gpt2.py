@@ -1135,8 +1135,8 @@ def write_file(path, write):
 def remove_leftovers(pattern):
     """Remove files PATH.PID.part whose process was killed, where /proc knows who is alive."""
     for part in Path().glob(pattern):
-        process = Path("/proc") / part.suffixes[-2][1:]
-        if Path("/proc/self").exists() and not process.exists():
+        pid = part.suffixes[-2][1:]
+        if pid.isdecimal() and Path("/proc/self").exists() and not Path("/proc", pid).exists():
             part.unlink(missing_ok=True)
 
 
