@@ -31,7 +31,8 @@ from graders.pieces import (
 # --- Blank a piece --------------------------------------------------------------------------------
 def stub_of(name, hints):
     """Return the lines that stand in place of a function's body: hints, and an error."""
-    lines = [f"# {line}".rstrip() for line in textwrap.dedent(hints).strip().splitlines()]
+    hints = textwrap.dedent(hints).strip().splitlines()
+    lines = [f"# {line}".rstrip() for line in hints]
     return [*lines, f'raise NotImplementedError("{name}: yours to write")']
 
 
@@ -81,7 +82,8 @@ def write_exercise(script, source, names):
             told.append(f"{name} is left to write already")
         elif kept:
             told.append(f"{', '.join(kept)}: you have changed it, so it stays as it is")
-    asked = [piece.name for piece in PIECES[script] if piece.name in {*before, *names}]
+    asked = {*before, *names}
+    asked = [piece.name for piece in PIECES[script] if piece.name in asked]
     return write_header(source, script, asked), told
 
 
@@ -98,7 +100,8 @@ def section_of(script, piece):
     """Return the section of the script in which a piece stands."""
     source = read_original(script)
     tree = ast.parse(source)
-    place = next(node.lineno for node in tree.body if getattr(node, "name", "") == piece.owner)
+    places = {getattr(node, "name", ""): node.lineno for node in tree.body}
+    place = places[piece.owner]
     before = "\n".join(source.splitlines()[:place])
     return re.findall(r"^# --- (\d+\. .*?)\s*-*$", before, re.MULTILINE)[-1].partition(":")[0]
 

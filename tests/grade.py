@@ -103,7 +103,12 @@ def find_pieces(script, source):
         parts = [part for part in parts_of(script, piece) if part in written]
         if any(differs(written[part], ours[part]) for part in parts):
             found.append(piece.name)
-    return [name for name in found if name.partition(".")[0] not in found or "." not in name]
+    return [name for name in found if "." not in name or owner_of(name) not in found]
+
+
+def owner_of(name):
+    """Return the class of a piece such as LM.forward."""
+    return name.partition(".")[0]
 
 
 def differs(function, original):

@@ -38,7 +38,11 @@ def judge_here(script, name, source):
     """Judge without a process of its own: faster, where isolation is not what is tested."""
     answer = student.observe(script, name, source)
     known = references(script, name)
-    return verdict(find_piece(script, name), answer, known["right"], lambda: known["mistakes"])
+    return name_of(find_piece(script, name), answer, known)
+
+
+def name_of(piece, answer, known):
+    return verdict(piece, answer, known["right"], lambda: known["mistakes"])
 
 
 def sections(kind):
@@ -70,7 +74,7 @@ def test_the_original_passes_and_each_known_mistake_does_not(script, name):
     for message, _ in ours:
         answers = [its for words, its in known["mistakes"] if words == message]
         piece = find_piece(script, name)
-        names = [verdict(piece, its, known["right"], lambda: known["mistakes"]) for its in answers]
+        names = [name_of(piece, its, known) for its in answers]
         assert None not in names, message
         assert message in names, names
 

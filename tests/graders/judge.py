@@ -70,7 +70,8 @@ def all_equal(values):
 
 def shares_of(draws):
     """Return {value: its share} of random draws."""
-    return {value: n / len(draws) for value, n in Counter(map(str, draws)).items()}
+    counts = Counter(map(str, draws))
+    return {value: n / len(draws) for value, n in counts.items()}
 
 
 def same_shares(got, right):
@@ -91,7 +92,8 @@ def same(got, right, tolerance=None):
     if isinstance(right, list):
         if not isinstance(got, list) or len(got) != len(right):
             return False
-        return all(same(a, b, tolerance) for a, b in zip(got, right, strict=True))
+        pairs = zip(got, right, strict=True)
+        return all(same(a, b, tolerance) for a, b in pairs)
     if not isinstance(right, dict):
         return type(got) is type(right) and got == right
     if "tensor" in right:
@@ -108,7 +110,9 @@ def same(got, right, tolerance=None):
         return same_shares(got["sample"], right["sample"])
     if "dict" in right:
         right, got = right["dict"], got["dict"]
-        return right.keys() == got.keys() and all(same(got[k], right[k]) for k in right)
+        if right.keys() != got.keys():
+            return False
+        return all(same(got[key], right[key]) for key in right)
     return got == right
 
 
@@ -180,9 +184,11 @@ def tensor_difference(what, got, right):
     factor = common_factor(theirs, ours)
     if factor is not None:
         return f"{what}: every number is {factor:.4g} times what it should be: is a factor lost?"
-    if all(is_close(x, y) for x, y in zip(sorted(theirs), sorted(ours), strict=True)):
+    in_order = zip(sorted(theirs), sorted(ours), strict=True)
+    if all(is_close(x, y) for x, y in in_order):
         return f"{what}: the numbers are right, but in another order"
-    wrong = [i for i, (x, y) in enumerate(zip(theirs, ours, strict=True)) if not is_close(x, y)]
+    numbers = range(len(ours))
+    wrong = [i for i in numbers if not is_close(theirs[i], ours[i])]
     first = wrong[0] if wrong else 0
     place = f" at {place_of(first, b)}" if b else ""
     share = f"; {len(wrong)} of {len(ours)} numbers differ" if len(ours) > 1 else ""
@@ -191,7 +197,8 @@ def tensor_difference(what, got, right):
 
 def common_factor(theirs, ours):
     """Return the one factor between two lists of numbers, or None."""
-    ratios = [x / y for x, y in zip(theirs, ours, strict=True) if abs(y) > 1e-3]
+    pairs = zip(theirs, ours, strict=True)
+    ratios = [x / y for x, y in pairs if abs(y) > 1e-3]
     if len(ratios) < 2 or not is_close(min(ratios), max(ratios), 1e-3):
         return None
     if abs(ratios[0]) < 1e-6 or is_close(ratios[0], 1, 1e-3):
@@ -248,6 +255,11 @@ def agree(a, b):
     return same(a, b)
 
 
+def agree_at(answer, other, i):
+    """Return whether two wrong answers have the same i-th value."""
+    return agree(seen(answer, i), seen(other, i))
+
+
 def name_mistake(answer, i, mistakes):
     """Return the message of the known mistake that does what the answer has, or None.
 
@@ -256,7 +268,7 @@ def name_mistake(answer, i, mistakes):
     best, most = None, 0
     for message, its in mistakes:
         n = max(len(its["seen"]), len(answer["seen"])) + 1
-        equal = [agree(seen(answer, j), seen(its, j)) for j in range(n)]
+        equal = [agree_at(answer, its, j) for j in range(n)]
         if i < n and equal[i] and sum(equal) > most:
             best, most = message, sum(equal)
     return best
@@ -273,7 +285,8 @@ def verdict(piece, answer, right, load_mistakes):
     if message:
         return message
     if i < len(answer["seen"]):
-        return difference(right[i][0], answer["seen"][i][1], right[i][1])
+        what, value = right[i]
+        return difference(what, seen(answer, i), value)
     if "error" in answer:
         return error_message(answer["error"], piece)
     return answer.get("wrong", "it did not say what it did")

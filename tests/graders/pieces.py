@@ -116,7 +116,9 @@ HEADER = re.compile(r"^# Exercise of (\w+)\.py\. Yours to write: (.*?)\.\r?\n", 
 def read_header(source):
     """Return (the script, the names of the pieces) of an exercise, or (None, [])."""
     match = HEADER.search(source)
-    return (match[1], match[2].split(", ")) if match else (None, [])
+    if not match:
+        return None, []
+    return match[1], match[2].split(", ")
 
 
 def write_header(source, script, names):

@@ -85,7 +85,8 @@ def plain(value):
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
     if isinstance(value, dict):
-        return {"dict": {str(key): plain(part) for key, part in value.items()}}
+        parts = {str(key): plain(part) for key, part in value.items()}
+        return {"dict": parts}
     if isinstance(value, Near):
         return {"near": plain(value.value), "tolerance": value.tolerance}
     if isinstance(value, Note):
@@ -240,14 +241,16 @@ def names_bound(statement):
         elif isinstance(part, ast.alias):
             names.add((part.asname or part.name).partition(".")[0])
         elif isinstance(part, ast.Attribute | ast.Subscript):  # table[i] = ..., table.append(...)
-            names |= {name.id for name in ast.walk(part.value) if isinstance(name, ast.Name)}
+            inner = ast.walk(part.value)
+            names |= {name.id for name in inner if isinstance(name, ast.Name)}
     return names
 
 
 def names_used(statement):
     """Return the global names that a statement reads, also inside its functions."""
     tables = [symtable.symtable(ast.unparse(statement), "piece", "exec")]
-    names = {symbol.get_name() for symbol in tables[0].get_symbols() if symbol.is_referenced()}
+    symbols = tables[0].get_symbols()
+    names = {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
     while tables:
         for child in tables.pop().get_children():
             names |= {symbol.get_name() for symbol in child.get_symbols() if symbol.is_global()}
@@ -270,10 +273,15 @@ def needed_statements(script, piece, tree):
     originals = original_statements(script)
     others = {other.owner for other in PIECES[script]} - {piece.owner}
     candidates = [statement for statement in tree.body if is_harmless(statement)]
-    wanted, chosen = {piece.owner}, []
+    wanted, chosen = {piece.owner, "*"}, []  # *: from module import *
+
+    def is_needed(statement):
+        names = names_bound(statement)
+        is_ours = piece.owner not in names and ast.dump(statement) in originals
+        return bool(names & wanted) and not is_ours
+
     while True:
-        found = [s for s in candidates if s not in chosen and names_bound(s) & (wanted | {"*"})]
-        found = [s for s in found if piece.owner in names_bound(s) or ast.dump(s) not in originals]
+        found = [s for s in candidates if s not in chosen and is_needed(s)]
         if not found:
             return [statement for statement in tree.body if statement in chosen]
         chosen += found
@@ -284,8 +292,9 @@ def needed_statements(script, piece, tree):
 def bases_of(script, name):
     """Return what a class of the script is built on."""
     tree = parse_original(script)
-    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
-    return [ast.dump(base) for node in classes for base in node.bases]
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    found = [node for node in classes if node.name == name]
+    return [ast.dump(base) for node in found for base in node.bases]
 
 
 def complete_class(script, piece, node):
@@ -396,8 +405,10 @@ def enough_is_seen(seen, right):
         return False
     if not is_sample(right[len(seen)][1]):
         return False
-    pairs = [(a[1], b[1]) for a, b in zip(seen, right, strict=False)]
-    return not all(judge.same(a, b) for a, b in pairs if not is_sample(b))
+    for (_, value), (_, wanted) in zip(seen, right, strict=False):
+        if not is_sample(wanted) and not judge.same(value, wanted):
+            return True
+    return False
 
 
 def is_sample(value):
@@ -441,14 +452,16 @@ def read_sections(path):
 
     More words can follow in comments below. The code in front of the first section is put in front
     of each."""
-    start, *sections = re.split(r"^# --- ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    text = path.read_text(encoding="utf-8")
+    start, *sections = re.split(r"^# --- ", text, flags=re.MULTILINE)
     found = []
     for section in sections:
         header, *lines = section.split("\n")
         name, _, words = header.partition(":")
         while lines and lines[0].startswith("# "):
             words += lines.pop(0)[1:]
-        found.append((name.strip(), words.strip(), start + "\n".join(lines)))
+        code = start + "\n".join(lines)
+        found.append((name.strip(), words.strip(), code))
     return found
 
 

@@ -65,6 +65,11 @@ def watch_split_text(gpt):
     yield "type of the ids", str(parts["train"].dtype)
 
 
+def places_of(tokens, place):
+    """Return the places of tokens in the text, -99 for what is none of it."""
+    return [place.get(token, -99) for token in tokens]
+
+
 def watch_get_batch(gpt, tokens=TOKENS):
     gpt.BATCH_SIZE, gpt.BLOCK_SIZE = 7, 3
     N, T = 12, 4
@@ -76,7 +81,7 @@ def watch_get_batch(gpt, tokens=TOKENS):
     )
     yield "types of x and y", [str(x.dtype), str(y.dtype)]
     place = {token: i for i, token in enumerate(text.tolist())}
-    rows = [[place.get(token, -1) for token in row] for row in x.tolist()]
+    rows = [places_of(row, place) for row in x.tolist()]
     first = sorted({row[0] for row in rows})
     yield (
         "x for the first of 256 windows of T = 4 is found in the text",
@@ -89,22 +94,28 @@ def watch_get_batch(gpt, tokens=TOKENS):
     )
     targets = set()
     for row, target in zip(rows, y.tolist(), strict=True):
-        targets.add(tuple(place.get(token, -99) - row[0] for token in target))
+        targets.add(tuple(i - row[0] for i in places_of(target, place)))
     yield (
         "places of a row of y, counted from the first token of x",
         sorted(map(list, targets)),
     )
     yield "number of different places where 256 windows begin", len(first)
     yield "places where 256 windows of a text of 12 tokens begin", first
-    calls = [gpt.get_batch(text, 4, T, "cpu")[0] for _ in range(3)]
-    yield "three batches", Varies([call.tolist() for call in calls])
+    calls = [gpt.get_batch(text, 4, T, "cpu") for _ in "123"]
+    yield "three batches", Varies([x.tolist() for x, _ in calls])
     x, y = gpt.get_batch(tokens, 5, 6, "cpu")
     yield "shapes of x and y for other sizes", [list(x.shape), list(y.shape)]
 
 
 # --- Model ----------------------------------------------------------------------------------------
+def queries_keys_values():
+    """Return q, k and v, of shape (2, 3, 5, 6)."""
+    return [numbers(2, 3, 5, 6, seed=i) for i in range(3)]
+
+
 def watch_head(gpt):
-    q, k, v = inputs = [numbers(2, 3, 5, 6, seed=i) for i in range(3)]
+    inputs = queries_keys_values()
+    q, k, v = inputs
     gpt.N_EMBED, gpt.N_HEADS, gpt.BLOCK_SIZE = 18, 3, 7
     before = [part.clone() for part in inputs]
     head = gpt.Head()
@@ -113,13 +124,13 @@ def watch_head(gpt):
     q, k, v = before
     yield (
         "result for one token",
-        tensor(head(q[:, :, :1], k[:, :, :1], v[:, :, :1]), "Head"),
+        tensor(head(*(part[:, :, :1] for part in before)), "Head"),
     )
     yield "result for large scores", tensor(head(20 * q, 20 * k, v), "Head")
     yield (
         "result for another shape",
         tensor(
-            head(q[:1, :1, :3, :2], k[:1, :1, :3, :2], v[:1, :1, :3, :2]),
+            head(*(part[:1, :1, :3, :2] for part in before)),
             "Head",
         ),
     )
@@ -141,7 +152,8 @@ def watch_multi_head(gpt, *more):
     )
     layer = random_parameters(gpt.MultiHead(C, H, 0.0, *more)).eval()
     before = layer(x)
-    later = torch.cat([x[:, :4], x[:, 4:] + 1], dim=1)
+    later = x.clone()
+    later[:, 4:] += 1
     yield (
         "change of earlier results with the last token",
         (layer(later) - before)[:, :4],
@@ -157,7 +169,9 @@ def watch_multi_head(gpt, *more):
         "change of the first text's result with the second text",
         (layer(other) - before)[:1],
     )
-    single = torch.cat([torch.zeros(1, 1, C), torch.eye(C)[:, None]])  # texts of one token
+    single = F.pad(torch.eye(C), (0, 0, 1, 0)).unsqueeze(
+        1
+    )  # texts of one token: 0, and unit vectors
     results = layer(single)
     matrix = (results[1:] - results[:1])[:, 0]  # what a single token is multiplied by
     rank = int(torch.linalg.matrix_rank(matrix, rtol=1e-4))
@@ -276,7 +290,8 @@ def watch_lm_forward(gpt):
     gpt.Block = PlainBlock
     set_other_sizes(gpt)
     B, T, V, C = 3, 4, 11, 8
-    model = fill(gpt.LM(V, 6, C, 2, 2, 0.0), numbers_by_size).eval()
+    model = gpt.LM(V, 6, C, 2, 2, 0.0)
+    fill(model, numbers_by_size).eval()
     torch.manual_seed(1)
     idx, targets = torch.randint(V, (2, B, T))
     logits, loss = two(model(idx), "LM.forward", "logits, loss")
@@ -293,7 +308,8 @@ def watch_lm_forward(gpt):
     padded[:, 2:] = -100
     yield "loss if half of the targets are -100", model(idx, padded)[1]
     yield "logits of all 6 positions", model(torch.randint(V, (1, 6)))[0]
-    yield from watch_dropout(lambda rate: gpt.LM(V, 6, C, 2, 1, rate), idx)
+    sizes = (V, 6, C, 2, 1)
+    yield from watch_dropout(lambda rate: gpt.LM(*sizes, rate), idx)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -390,7 +406,9 @@ def watch_eval_iters(gpt, dtype):
 
 
 def watch_orthogonalize(gpt):
-    for matrix in (0.1 * numbers(4, 6), numbers(6, 4), 100 * numbers(3, 3)):
+    shapes = {(4, 6): 0.1, (6, 4): 1.0, (3, 3): 100.0}
+    for (rows, columns), size in shapes.items():
+        matrix = size * numbers(rows, columns)
         before = matrix.clone()
         result = tensor(gpt.orthogonalize(matrix), "orthogonalize", *matrix.shape)
         size = f"{matrix.shape[0]} × {matrix.shape[1]}"
@@ -407,7 +425,7 @@ def watch_muon(gpt):
     for group in optimizer.param_groups:
         group["lr"] = 0.5
     for step in range(4):
-        gradients = [numbers(*s, seed=10 * step + i) for i, s in enumerate(shapes)]
+        gradients = [numbers(*shape, seed=10 * step) for shape in shapes]
         for p, gradient in zip(matrices, gradients, strict=True):
             p.grad = gradient.clone()
         optimizer.step()
@@ -478,7 +496,8 @@ class NotedSGD(torch.optim.SGD):
     events = None  # a list
 
     def norm(self):
-        gradients = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
+        params = self.param_groups[0]["params"]
+        gradients = [p.grad for p in params if p.grad is not None]
         return f"{sum(gradient.norm().item() for gradient in gradients):.3f}"
 
     def step(self, closure=None):
@@ -495,8 +514,9 @@ def watch_train_step(gpt, batch=3):
     x, y = torch.randint(7, (2, batch, 4))
     model = Table(0.3 * numbers(7, 7), scale=10.0).eval()
     other = nn.Parameter(numbers(3))  # it has no gradient
-    optimizers = [torch.optim.SGD([p], lr=9.0) for p in (other, model.bias)]
-    optimizers.insert(0, NotedSGD([model.table], lr=9.0))
+    optimizers = [NotedSGD([model.table], lr=9.0)]
+    optimizers.append(torch.optim.SGD([other], lr=9.0))
+    optimizers.append(torch.optim.SGD([model.bias], lr=9.0))
     NotedSGD.events = events = []
     model.table.register_hook(lambda gradient: events.append("backward"))
     for step, clip in enumerate((None, None, 0.1, 0.1, 100.0)):
@@ -595,7 +615,8 @@ class Rehearsal:
         self.log |= {"evaluate arguments": [], "save_step arguments": []}
         self.model, self.optimizers = Table(numbers(9, 9)), ["optimizer"]
         self.splits = {"train": torch.arange(5), "val": torch.arange(6)}
-        history = {step: self.losses(step) for step in range(first + 1)} if first else {}
+        done = range(first + 1) if first else ()
+        history = {step: self.losses(step) for step in done}
         self.values = {
             "step": first,
             "max_iters": last,
@@ -731,7 +752,8 @@ def watch_generate(gpt):
 
 def watch_draws(gpt, model_class=Table):
     """Draw from a model that gives 0, 1, 2, 3 the probabilities 0.08, 0.12, 0.2, 0.6 everywhere."""
-    model = model_class(torch.tensor([0.08, 0.12, 0.2, 0.6]).log().expand(4, 4), 4)
+    p = torch.tensor([0.08, 0.12, 0.2, 0.6])
+    model = model_class(p.log().expand(4, 4), 4)
     torch.manual_seed(5)
     options = [
         {},
@@ -741,7 +763,7 @@ def watch_draws(gpt, model_class=Table):
         {"temperature": 0},
     ]
     for option in options:
-        tokens = [int(token) for token in gpt.generate(model, [0], 250, **option)]
+        tokens = list(map(int, gpt.generate(model, [0], 250, **option)))
         words = ", ".join(f"{name} = {value}" for name, value in option.items())
         yield f"250 tokens drawn with {words or 'no options'}", Sample(tokens)
 

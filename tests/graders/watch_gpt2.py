@@ -93,7 +93,8 @@ def watch_stream(gpt):
         "pieces that are a broken character",
         sum("\ufffd" in piece for piece in pieces),
     )
-    first = next(iter(gpt.stream(tokenizer, (i for i in [258, 1]))))
+    pieces = gpt.stream(tokenizer, iter([258, 1]))
+    first = next(iter(pieces))
     yield "first piece of ' th'", first
     yield (
         "a byte that is no UTF-8",
@@ -104,7 +105,7 @@ def watch_stream(gpt):
 # --- Model ----------------------------------------------------------------------------------------
 def watch_head(gpt):
     yield from char.watch_head(gpt)
-    q, k, v = (numbers(2, 3, 5, 6, seed=i) for i in range(3))
+    q, k, v = char.queries_keys_values()
     head = gpt.Head()
     yield (
         "result of the newest token, of 5",
@@ -118,17 +119,20 @@ def watch_head(gpt):
 
 def watch_cache(gpt):
     gpt.BLOCK_SIZE = 3
-    k, v = numbers(2, 3, 6, 4), numbers(2, 3, 6, 4, seed=1)
+    k = numbers(2, 3, 6, 4)
+    v = numbers(2, 3, 6, 4, seed=1)
     cache = gpt.Cache(8)
     yield "length at first", cache.length
     for start, end in ((0, 3), (3, 4), (4, 6)):
-        kept = cache.append(k[:, :, start:end].clone(), v[:, :, start:end].clone())
+        keys, values = (part[:, :, start:end] for part in (k, v))
+        kept = cache.append(keys.clone(), values.clone())
         keys, values = two(kept, "append", "two tensors k, v")
         yield f"keys of {end} tokens", tensor(keys, "append")
         yield f"values of {end} tokens", tensor(values, "append")
         yield f"length after {end} tokens", cache.length
     other = gpt.Cache(8)
-    keys, _ = other.append(k[:, :, :2], v[:, :, :2])
+    two_keys, two_values = k[:, :, :2], v[:, :, :2]
+    keys, _ = other.append(two_keys, two_values)
     yield "keys of 2 tokens in a second cache", keys
 
 
@@ -145,12 +149,15 @@ def watch_multi_head(gpt):
         random_parameters(gpt.MultiHead(12, 3, 0.0)).eval(),
         gpt.Cache(6),
     )
-    with_cache = torch.cat([layer(x[:, :3], cache), layer(x[:, 3:4], cache)], dim=1)
+    three, one = x[:, :4].split([3, 1], dim=1)
+    parts = [layer(three, cache), layer(one, cache)]
+    with_cache = torch.cat(parts, dim=1)
     yield (
         "what a cache changes in the result",
         Near(with_cache - layer(x[:, :4]), 1e-3),
     )
-    biases = sum(p.numel() for p in layer.parameters() if p.dim() == 1)
+    vectors = [p for p in layer.parameters() if p.dim() == 1]
+    biases = sum(p.numel() for p in vectors)
     yield "number of biases for C = 12", biases
 
 
@@ -174,7 +181,7 @@ def watch_block(gpt):
     block, cache = gpt.Block(12, 3, 0.0).eval(), gpt.Cache(9)
     cache.length = 4
     yield "result with a cache", block(numbers(2, 1, 12), cache)
-    names = sorted({name.partition(".")[0] for name, _ in gpt.Block(12, 3, 0.0).named_children()})
+    names = sorted(name for name, _ in gpt.Block(12, 3, 0.0).named_children())
     yield "names of the parts, for load_pretrained", names
 
 
@@ -199,9 +206,12 @@ def watch_lm(gpt):
                 f"standard deviation of {name} times 100",
                 Near(100 * p.std(), 0.1),
             )
-    biases = [p.abs().sum() for name, p in model.named_parameters() if name.endswith("bias")]
-    yield "sum of all biases", sum(biases)
-    rates = sorted({m.p for m in model.modules() if isinstance(m, nn.Dropout)})
+    named = dict(model.named_parameters())
+    biases = [name for name in named if name.endswith("bias")]
+    sizes = [named[name].abs().sum() for name in biases]
+    yield "sum of all biases", sum(sizes)
+    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    rates = sorted({dropout.p for dropout in dropouts})
     yield "rates of dropout", rates
     bare = gpt.LM(V, T, C, 4, 2, 0.0, False)
     yield (
@@ -245,7 +255,8 @@ def watch_lm_forward(gpt):
             tensor(logits, "LM.forward"),
         )
         yield "lengths of the caches", [cache.length for cache in caches]
-    yield from watch_dropout(lambda rate: gpt.LM(11, 6, 8, 2, 1, rate), idx)
+    sizes = (11, 6, 8, 2, 1)
+    yield from watch_dropout(lambda rate: gpt.LM(*sizes, rate), idx)
 
 
 def fill_gpt2(model):
@@ -279,8 +290,11 @@ def watch_load_pretrained(gpt):
         dropout=0.0,
     )
     theirs = random_parameters(gpt.LM(**sizes))
-    weights = {gpt.openai_name(name): p.detach() for name, p in theirs.named_parameters()}
-    turned = {n: p.T.clone() if ".c_" in n and p.dim() == 2 else p for n, p in weights.items()}
+    turned = {}
+    for ours, p in theirs.named_parameters():
+        name, value = gpt.openai_name(ours), p.detach()
+        is_turned = ".c_" in name and p.dim() == 2
+        turned[name] = value.T.clone() if is_turned else value
     for prefix in ("", "transformer."):
         file = {prefix + name: p.clone() for name, p in turned.items()}
         file[prefix + "h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
@@ -297,7 +311,8 @@ def watch_load_pretrained(gpt):
     missing = {name: p for name, p in turned.items() if name != "ln_f.bias"}
     gpt.read_safetensors = lambda path: iter(missing.items())
     yield "a file that lacks ln_f.bias", outcome(load_only, gpt, sizes)
-    gpt.read_safetensors = lambda path: iter([*turned.items(), ("h.7.ln_1.bias", torch.ones(8))])
+    larger = turned | {"h.7.ln_1.bias": torch.ones(8)}
+    gpt.read_safetensors = lambda path: iter(larger.items())
     yield (
         "a file that has h.7.ln_1.bias as well",
         outcome(load_only, gpt, sizes),
@@ -332,7 +347,8 @@ def watch_train_step(gpt):
     model = char.Table(numbers(7, 7))
     gpt.GRADIENT_CLIP = None
     x = torch.zeros(5, 4, dtype=torch.int64)
-    gpt.train_step(model, [torch.optim.SGD([model.table], lr=0.0)], x, x, 0.0)
+    optimizer = torch.optim.SGD([model.table], lr=0.0)
+    gpt.train_step(model, [optimizer], x, x, 0.0)
     yield (
         "windows at a time for BATCH_SIZE = 2 and 5 windows",
         max(map(len, model.seen)),

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,10 @@ from graders.student import (
 PAD, UNK, EOS, NO = 0, 1, 2, -100
 WORDS = ["<pad>", "<unk>", "<eos>", "the", "film", "end", "plot"]
 # Five documents, each with <eos> at the end. All other ids differ, and are in no order.
-FIRST = [15, 6, 27, EOS, 8, 19, 10, 21, 12, 3, 14, 25, 16, 7, EOS]
-TOKENS = torch.tensor([*FIRST, 18, 9, EOS, 20, UNK, 22, 13, 24, 5, 26, EOS, 17, EOS])
+FIRST = [15, 6, 27, EOS]
+SECOND = [8, 19, 10, 21, 12, 3, 14, 25, 16, 7, EOS]
+LAST = [20, UNK, 22, 13, 24, 5, 26, EOS, 17, EOS]
+TOKENS = torch.tensor([*FIRST, *SECOND, 18, 9, EOS, *LAST])
 
 
 # --- Text -----------------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def watch_get_batch(gpt):
         [list(tensor(part, "get_batch").shape) for part in (x, y)],
     )
     place = {token: i for i, token in enumerate(text.tolist())}
-    starts = [place.get(token, -1) if token != EOS else 10 for token in x[:, 0].tolist()]
+    starts = char.places_of(x[:, 0].tolist(), place)
     yield (
         "number of different places where 512 windows begin",
         len(set(starts)),
@@ -186,7 +189,8 @@ def watch_get_batch(gpt):
         sorted(set(starts)),
     )
     ends = torch.full((len(starts), 1), len(text))
-    right = original(text, torch.tensor(starts)[:, None].clamp(min=0), ends, 4)
+    first = torch.tensor(starts).clamp(min=0)
+    right = original(text, first[:, None], ends, 4)
     yield (
         "x minus what cut_windows gives for these starts",
         (x - right[0]).abs().max(),
@@ -195,8 +199,8 @@ def watch_get_batch(gpt):
         "y minus what cut_windows gives for these starts",
         (y - right[1]).abs().max(),
     )
-    calls = [gpt.get_batch(text, 4, 4, "cpu")[0] for _ in range(3)]
-    yield "three batches", Varies([call.tolist() for call in calls])
+    calls = [gpt.get_batch(text, 4, 4, "cpu") for _ in "123"]
+    yield "three batches", Varies([x.tolist() for x, _ in calls])
     x, y = gpt.get_batch(text, 5, 6, "cpu")
     yield "shapes of x and y for other sizes", [list(x.shape), list(y.shape)]
     yield "types of x and y", [str(x.dtype), str(y.dtype)]
@@ -227,7 +231,8 @@ def watch_adaptive_softmax(gpt):
 
 
 def watch_adaptive_forward(gpt):
-    layer, x = filled_softmax(gpt, 12, 4, (2, 5)), numbers(3, 7, 4)
+    layer = filled_softmax(gpt, 12, 4, (2, 5))
+    x = numbers(3, 7, 4)
     log_p = tensor(layer(x), "forward")
     yield "ln P of all words", log_p
     yield "sum of all P", log_p.exp().sum(-1)
@@ -256,7 +261,8 @@ def watch_adaptive_losses(gpt):
 
 
 def watch_adaptive_hits(gpt):
-    layer, x = filled_softmax(gpt, 12, 4, (2, 5)), 2 * numbers(300, 4)
+    layer = filled_softmax(gpt, 12, 4, (2, 5))
+    x = 2 * numbers(300, 4)
     best = layer(x).argmax(-1)
     other = (best + torch.arange(300)) % 12
     for what, targets in (
@@ -292,7 +298,8 @@ def watch_lm(gpt):
         "number of parameters for V = 400, T = 9, C = 32, one group, and 2 Blocks of 1",
         size,
     )
-    deviations = sorted(p.std().item() for p in model.parameters() if p.dim() == 2)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    deviations = sorted(p.std().item() for p in matrices)
     yield (
         "standard deviations of the matrices",
         [Near(value, 0.15) for value in deviations],
@@ -311,9 +318,11 @@ def watch_lm(gpt):
 def watch_lm_forward(gpt):
     gpt.Block = char.PlainBlock
     char.set_other_sizes(gpt)
-    model = fill(gpt.LM(12, 6, 8, 2, 2, 0.0, (2, 5)), numbers_by_size).eval()
+    model = gpt.LM(12, 6, 8, 2, 2, 0.0, (2, 5))
+    fill(model, numbers_by_size).eval()
     model.lm_head.bias.data = numbers(14)
-    idx = torch.tensor([[3, 11, 0, 3], [7, 2, 2, 5]])
+    ids = [3, 11, 0, 3, 7, 2, 2, 5]
+    idx = torch.tensor(ids).view(2, 4)
     targets = torch.tensor([[11, 0, 3, NO]] * 2)
     logits, nothing = two(model(idx), "LM.forward", "logits, None")
     yield "logits", tensor(logits, "LM.forward")
@@ -329,7 +338,8 @@ def watch_lm_forward(gpt):
         "loss if half of the targets are -100",
         model(idx, targets.masked_fill(idx > 4, NO))[1],
     )
-    yield from watch_dropout(lambda rate: gpt.LM(12, 6, 8, 2, 1, rate), idx)
+    sizes = (12, 6, 8, 2, 1)
+    yield from watch_dropout(lambda rate: gpt.LM(*sizes, rate), idx)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -358,7 +368,8 @@ class WordTable(nn.Module):
         hidden = self.hidden(idx)
         if targets is None:
             return hidden, None
-        return None, self.lm_head.losses(hidden[targets != NO], targets[targets != NO]).mean()
+        real = targets != NO
+        return None, self.lm_head.losses(hidden[real], targets[real]).mean()
 
     class Head:
         def __init__(self, model):
@@ -417,7 +428,8 @@ def watch_eval_iters(gpt):
 def watch_generate(gpt):
     V, T = 12, 4
     gpt.BLOCK_SIZE, gpt.TEMPERATURE, gpt.TOP_K, gpt.TOP_P = 3, 5.0, 3, None
-    follow = {3: 7, 7: 5, 5: 9, 9: 4, 4: EOS, EOS: 3}
+    order = [3, 7, 5, 9, 4, EOS, 3]
+    follow = dict(pairwise(order))
     table = torch.full((V, V), -50.0)
     for token, next_token in follow.items():
         table[token, next_token] = 0.0
@@ -431,17 +443,20 @@ def watch_generate(gpt):
     yield "what the model saw", model.seen
     yield "the caller's list", prompt
     yield from model.calls()
-    tokens = [int(token) for token in gpt.generate(char.Table(table, T), [3], 9)]
+    model = char.Table(table, T)
+    tokens = list(map(int, gpt.generate(model, [3], 9)))
     yield "what was yielded before <eos>, with room for 9 tokens,", tokens
     table[:, [PAD, UNK]] = 50.0
-    tokens = [int(token) for token in gpt.generate(char.Table(table, T), [3], 3)]
+    model = char.Table(table, T)
+    tokens = list(map(int, gpt.generate(model, [3], 3)))
     yield "what was yielded if <pad> and <unk> are most likely", tokens
     yield from watch_draws(gpt)
 
 
 def watch_draws(gpt):
     """Draw from a model that gives 3, 4, 5, 6 the probabilities 0.08, 0.12, 0.2, 0.6 everywhere."""
-    model = char.Table(torch.tensor([1e-9, 1e-9, 1e-9, 0.08, 0.12, 0.2, 0.6]).log().expand(7, 7))
+    p = torch.tensor([1e-9, 1e-9, 1e-9, 0.08, 0.12, 0.2, 0.6])
+    model = char.Table(p.log().expand(7, 7))
     torch.manual_seed(5)
     options = [
         {},
@@ -451,7 +466,7 @@ def watch_draws(gpt):
         {"temperature": 0},
     ]
     for option in options:
-        tokens = [int(token) for token in gpt.generate(model, [3], 250, **option)]
+        tokens = list(map(int, gpt.generate(model, [3], 250, **option)))
         words = ", ".join(f"{name} = {value}" for name, value in option.items())
         yield f"250 tokens drawn with {words or 'no options'}", Sample(tokens)
 
@@ -483,7 +498,8 @@ def watch_beam_search(gpt):
     )
     p[5, [EOS, 4]] = torch.tensor([1.4, 1e-9])
     p[EOS, 3] = 1.0
-    new, score = gpt.beam_search(WordTable(p.log(), 3), [5], 4, 2)
+    model = WordTable(p.log(), 3)
+    new, score = gpt.beam_search(model, [5], 4, 2)
     yield "new ids if <eos> has the probability 0.7", list(map(int, new))
     yield "their ln P", score
 
@@ -507,9 +523,11 @@ def watch_attention_weights(gpt):
     )
     yield (
         "heads as before",
-        [a is b.attention.head for a, b in zip(heads, model.blocks, strict=True)],
+        heads == [block.attention.head for block in model.blocks],
     )
-    changes = [(p - state[name]).abs().sum() for name, p in model.state_dict().items()]
+    now = model.state_dict()
+    moved = [now[name] - state[name] for name in now]
+    changes = [change.abs().sum() for change in moved]
     yield "change of the parameters", sum(changes)
 
 

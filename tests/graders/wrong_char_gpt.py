@@ -182,8 +182,18 @@ def get_batch(tokens, batch_size, block_size, device):
 
 # --- get_batch: nothing is random: every batch is the same. Draw a start for each window.
 def get_batch(tokens, batch_size, block_size, device):
-    x = torch.stack([tokens[i : i + block_size] for i in range(batch_size) if i + block_size < len(tokens)] * batch_size)[:batch_size]
-    y = torch.stack([tokens[i + 1 : i + 1 + block_size] for i in range(batch_size) if i + block_size < len(tokens)] * batch_size)[:batch_size]
+    x = torch.stack(
+        [tokens[i : i + block_size] for i in range(batch_size) if i + block_size < len(tokens)]
+        * batch_size
+    )[:batch_size]
+    y = torch.stack(
+        [
+            tokens[i + 1 : i + 1 + block_size]
+            for i in range(batch_size)
+            if i + block_size < len(tokens)
+        ]
+        * batch_size
+    )[:batch_size]
     return x, y
 
 
@@ -495,7 +505,9 @@ class MultiHead(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, n_embed, dropout):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(n_embed, 4 * n_embed), nn.Linear(4 * n_embed, n_embed), nn.Dropout(dropout))
+        self.net = nn.Sequential(
+            nn.Linear(n_embed, 4 * n_embed), nn.Linear(4 * n_embed, n_embed), nn.Dropout(dropout)
+        )
 
     def forward(self, x):
         return self.net(x)
@@ -505,7 +517,9 @@ class FeedForward(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, n_embed, dropout):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(n_embed, n_embed), nn.ReLU(), nn.Linear(n_embed, n_embed), nn.Dropout(dropout))
+        self.net = nn.Sequential(
+            nn.Linear(n_embed, n_embed), nn.ReLU(), nn.Linear(n_embed, n_embed), nn.Dropout(dropout)
+        )
 
     def forward(self, x):
         return self.net(x)
@@ -515,7 +529,13 @@ class FeedForward(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, n_embed, dropout):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(n_embed, 4 * n_embed), nn.ReLU(), nn.Linear(4 * n_embed, n_embed), nn.ReLU(), nn.Dropout(dropout))
+        self.net = nn.Sequential(
+            nn.Linear(n_embed, 4 * n_embed),
+            nn.ReLU(),
+            nn.Linear(4 * n_embed, n_embed),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+        )
 
     def forward(self, x):
         return self.net(x)
@@ -537,7 +557,12 @@ class FeedForward(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, n_embed, dropout):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(n_embed, 4 * n_embed), nn.GELU(), nn.Linear(4 * n_embed, n_embed), nn.Dropout(dropout))
+        self.net = nn.Sequential(
+            nn.Linear(n_embed, 4 * n_embed),
+            nn.GELU(),
+            nn.Linear(4 * n_embed, n_embed),
+            nn.Dropout(dropout),
+        )
 
     def forward(self, x):
         return self.net(x)
@@ -629,7 +654,14 @@ class Block(nn.Module):
 class LM(nn.Module):
     def __init__(self, vocab_size, block_size, n_embed, n_heads, n_layers, dropout):
         super().__init__()
-        self.config = dict(vocab_size=vocab_size, block_size=block_size, n_embed=n_embed, n_heads=n_heads, n_layers=n_layers, dropout=dropout)
+        self.config = dict(
+            vocab_size=vocab_size,
+            block_size=block_size,
+            n_embed=n_embed,
+            n_heads=n_heads,
+            n_layers=n_layers,
+            dropout=dropout,
+        )
         self.block_size = block_size
         self.tok = nn.Embedding(vocab_size, n_embed)
         self.pos = nn.Embedding(block_size, n_embed)
@@ -653,7 +685,14 @@ class LM(nn.Module):
 class LM(nn.Module):
     def __init__(self, vocab_size, block_size, n_embed, n_heads, n_layers, dropout):
         super().__init__()
-        self.config = dict(vocab_size=vocab_size, block_size=block_size, n_embed=n_embed, n_heads=n_heads, n_layers=n_layers, dropout=dropout)
+        self.config = dict(
+            vocab_size=vocab_size,
+            block_size=block_size,
+            n_embed=n_embed,
+            n_heads=n_heads,
+            n_layers=n_layers,
+            dropout=dropout,
+        )
         self.block_size = block_size
         self.tok = nn.Embedding(vocab_size, n_embed)
         self.pos = nn.Embedding(block_size, n_embed)
@@ -679,7 +718,9 @@ class LM(nn.Module):
         x = self.token_embedding(idx)
         x = self.blocks(self.dropout(x))
         logits = self.lm_head(self.ln_f(x))
-        loss = None if targets is None else F.cross_entropy(logits.view(B * T, -1), targets.view(-1))
+        loss = (
+            None if targets is None else F.cross_entropy(logits.view(B * T, -1), targets.view(-1))
+        )
         return logits, loss
 
 
