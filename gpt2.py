@@ -1114,7 +1114,8 @@ def draw_run(run):
         losses = [entry[split]["loss"] for entry in run["history"].values()]
         axes.plot(list(run["history"]), losses, style, label=f"{split} (estimated)")
     axes.axhline(math.log(run["config"]["vocab_size"]), color="gray", label="uniform guess: ln V")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=summary(run))
+    title = f"{run['path'].stem}: {summary(run)} (the loss is exact, unless marked ~)"
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.legend()
     picture = run["path"].with_suffix(".png")
     write_file(picture, lambda part: figure.savefig(part, format="png", dpi=120))

@@ -649,9 +649,11 @@ def test_the_reviews(gpt):
     key, count = torch.unique(before * V + after, return_counts=True)
     total = torch.bincount(before, minlength=V).double()
     kinds = torch.bincount(key // V, minlength=V).double()  # different words that follow
-    order = count.argsort()
-    guess = torch.full((V,), 3)
-    guess[(key // V)[order]] = (key % V)[order]  # the last one, the most frequent, stays
+    guess = torch.full((V,), 3)  # of the words that follow: the most frequent, then the first id
+    order = (count * V - key % V).argsort()
+    order = order[(key // V)[order].argsort(stable=True)]  # by the word before; the best comes last
+    followed, sizes = (key // V)[order].unique_consecutive(return_counts=True)
+    guess[followed] = (key % V)[order[sizes.cumsum(0) - 1]]
     b, a = pairs(splits["val"])
     place = torch.searchsorted(key, b * V + a).clamp(max=len(key) - 1)
     seen = torch.where(key[place] == b * V + a, count[place], 0)
