@@ -361,10 +361,6 @@ def server():
 # --- pytest ---------------------------------------------------------------------------------------
 
 
-def pytest_addoption(parser):
-    parser.addoption("--file", help="the exercise that tests/test_lessons.py grades")
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     is_worker = hasattr(config, "workerinput")  # of pytest-xdist

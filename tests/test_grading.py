@@ -166,7 +166,7 @@ def test_what_one_piece_does_touches_no_other(tmp_path):
     path = tmp_path / "my_char_gpt.py"
     path.write_text(source, encoding="utf-8")
     verdicts = dict(grade.grade(path, ["Head", "get_lr", "MultiHead", "LM.forward"]))
-    assert verdicts.pop("Head").startswith("its process ended without an answer (status 0)")
+    assert verdicts.pop("Head").startswith("its process ended without an answer")
     assert set(verdicts.values()) == {None}
 
 
