@@ -23,7 +23,7 @@ Block; in section 4, all but estimate_loss; in section 5, next_token_probabiliti
 Before training, each of the 36,980 words costs about ln 36,980 = 10.52 nats. After training, the
 loss is 5.31 on the validation part: the model is as unsure as if it chose among 203 equally likely
 words, and 18.03% of its first guesses are right. (5.3119 there, 5.3219 on the test; 1.4 bits per
-character. About 5 minutes on 2 cores of an AMD EPYC; Linux, Python 3.11, torch 2.13.0, SEED 1337.)
+character. 2 cores of an AMD EPYC; Linux, Python 3.11, torch 2.13.0, SEED 1337.)
 estimate_loss says what to compare this with. It writes:
 
     i think this movie was stupid the movie was funny a decent little acting and the actors were
@@ -476,8 +476,7 @@ class AdaptiveSoftmax(nn.Module):
         its logit is of     g0  g1  w0  w1  w2  |  w3  w4  |  w5  w6
 
     Of the targets in the reviews, 84% are among the 2,000 most frequent words. They need the first
-    softmax only: 2,002 logits and not 36,980. 11% are in g0 and 4% in g1. A training step takes 0.4
-    times as long as with one softmax.
+    softmax only: 2,002 logits and not 36,980. 11% are in g0 and 4% in g1.
 
     The rows of words are the token embedding as well (weight tying, Press and Wolf 2016, arXiv
     1608.05859). Words that can replace each other, such as film and movie, need similar rows for

@@ -7,6 +7,7 @@ function watch_PIECE(gpt) of graders/watch_SCRIPT.py. It calls the piece and yie
 import ast
 import functools
 import importlib
+import random
 import re
 import symtable
 import traceback
@@ -379,6 +380,7 @@ def observe(script, name, source=None, file="my_gpt.py", right=None):
     piece = find_piece(script, name)
     answer = {"seen": []}
     torch.manual_seed(0)
+    random.seed(0)  # some students draw with Python's own
     try:
         gpt = load_original(script)
         if source is not None:
