@@ -494,9 +494,13 @@ class AdaptiveSoftmax(nn.Module):
         with torch.no_grad():  # at first, a group is as likely as all its words: e^(ln size) = size
             self.bias[: len(sizes)] = torch.tensor(sizes).log()
 
+    def place(self, ids):
+        """Return which row a word has: those of groups come first. An id below 0 is no word."""
+        return torch.where(ids < 0, ids, ids + len(self.cutoffs))  # so it fails, as in nn.Embedding
+
     def embed(self, idx):
-        """Return the rows of the tokens idx (B, T): (B, T, C). The rows of groups come first."""
-        return F.embedding(idx + len(self.cutoffs), self.weight)
+        """Return the rows of the tokens idx (B, T): (B, T, C)."""
+        return F.embedding(self.place(idx), self.weight)
 
     def logits(self, x, i):
         """Return the logits of softmax i, 0 for the first choice: (..., C) -> (..., its rows)."""
@@ -523,7 +527,7 @@ class AdaptiveSoftmax(nn.Module):
         # group: 0 for a frequent word, 1 for a word of g0, 2 for one of g1.
         cutoffs = torch.tensor(self.cutoffs, device=x.device)
         group = torch.bucketize(targets, cutoffs, right=True)
-        row = torch.where(group == 0, targets + len(self.cutoffs), group - 1)
+        row = torch.where(group == 0, self.place(targets), group - 1)
         losses = F.cross_entropy(self.logits(x, 0), row, reduction="none")  # of the first choice
         for i, cutoff in enumerate(self.cutoffs):
             chosen = (group == i + 1).nonzero().flatten()  # which targets are in this group
@@ -574,7 +578,9 @@ class LM(nn.Module):
         """Return what the output layer gets, for token ids (B, T): (B, T, C)."""
         T = idx.shape[1]
         check(0 < T <= self.block_size, f"T = {T} must be 1 to block_size = {self.block_size}")
-        # autocast: products in bfloat16 (8 bits of precision, not 24), twice as fast in hardware.
+        # autocast: matrix products in bfloat16, numbers of 16 bits that have 2 to 3 exact digits.
+        # They are twice as fast if the hardware has them: has_bfloat16, at the end of this file,
+        # says so. All else stays in float32, numbers of 32 bits with 7 exact digits.
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=has_bfloat16(idx.device)):
             # An average does not depend on the order of its terms: attention alone would make the
             # same of "ab" and "ba" in front of a token. So each position adds a vector of its own.
@@ -595,7 +601,7 @@ class LM(nn.Module):
 
 
 # --- 4. Training ----------------------------------------------------------------------------------
-@torch.no_grad()  # do not remember how results were computed: it takes time and memory
+@torch.no_grad()  # PyTorch need not remember how results were computed: it costs memory
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
     """Return {"loss": nats per token, "known": the same without <unk>, "accuracy"} of tokens (N,).
 

@@ -816,8 +816,11 @@ def test_as_a_library(script):
         with pytest.raises(script.gpt.UserError, match="block_size"):
             model(wrong)
     x = torch.tensor([[3, 4, 5]])
-    with pytest.raises(IndexError):  # as in PyTorch
-        model(torch.tensor([[3, V]]))
+    for wrong in (V, -1):
+        with pytest.raises(IndexError):  # as in PyTorch
+            model(torch.tensor([[3, wrong]]))
+        with pytest.raises(IndexError):
+            model(x, torch.tensor([[4, wrong, 3]]))
     _, loss = model(x, torch.tensor([[4, -100, -100]]))  # PyTorch's mark for no target
     assert loss.item() == pytest.approx(model(x[:, :1], x[:, 1:2])[1].item(), abs=1e-5)
     generated = [
