@@ -1014,16 +1014,7 @@ LM = word_lm_with(
 )
 
 
-# --- LM.forward: targets of -100 are counted: divide by the number of the others.
-LM = word_lm_with(
-    result=lambda self, x, y: (
-        None,
-        self.lm_head.losses(x[y != -100], y[y != -100]).sum() / y.numel(),
-    )
-)
-
-
-# --- LM.forward: targets of -100 are not left out: x[targets != -100], targets[targets != -100].
+# --- LM.forward: targets of -100 are counted: leave them out, x[targets != -100], targets[targets != -100].
 LM = word_lm_with(
     result=lambda self, x, y: (
         None,

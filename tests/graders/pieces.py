@@ -429,7 +429,16 @@ WORD = [
         """,
         parts=tuple(
             f"AdaptiveSoftmax.{name}"
-            for name in ["__init__", "embed", "logits", "first_choice", "forward", "losses", "hits"]
+            for name in [
+                "__init__",
+                "place",
+                "embed",
+                "logits",
+                "first_choice",
+                "forward",
+                "losses",
+                "hits",
+            ]
         ),
     ),
     Piece(
