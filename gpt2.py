@@ -10,8 +10,9 @@ small text of another kind. It needs few steps: they know English already. What 
 - Cache: the keys and values of earlier tokens are kept (KV cache), so generation computes new ones
 - FeedForward: gelu in place of relu. LM: the output layer is the table of token embeddings.
 - openai_name, load_pretrained: OpenAI's weights, renamed, fit into LM
-- make_optimizers: AdamW alone. Muon would make a step of 1,024 tokens three times the work: its
-  own work does not depend on the tokens, and grows with C³. (In char_gpt.py it adds 12%.)
+- make_optimizers: AdamW alone. Muon multiplies C × C matrices, so its work grows with C³, whatever
+  the number of tokens. A step of 1,024 tokens would be three times the work. (By arithmetic, one of
+  32,768 on a GPU only 6% more: not tried. In char_gpt.py, it adds 12%.)
 - train_step: the gradients of several small batches are added up (gradient accumulation)
 - join_processes: several processes, each with a GPU, share a step
 - bits_per_character: what compares with char_gpt.py, whose tokens are shorter
@@ -26,16 +27,20 @@ small text of another kind. It needs few steps: they know English already. What 
     torchrun --nproc_per_node=2 gpt2.py             train with two processes, on two GPUs
 
 Measured with random weights (2 cores of an AMD EPYC, Linux, Python 3.11, torch 2.13.0): all logits
-are those of Hugging Face's transformers 5.23.0, to 0.000002. OpenAI's weights (548 MB, fetched
-once) were not at hand, so no loss of fine-tuning is given here. A run's file has 2.0 GB: the last
-parameters and the best ones, 0.5 GB each, and AdamW's averages, 1 GB. Saving needs twice the space
-for a moment.
+are those of another implementation, Hugging Face's transformers 5.23.0, to 0.000002. OpenAI's
+weights (548 MB, fetched once) were not at hand, so no loss of fine-tuning is given here. A run's
+file has 2.0 GB: the last parameters and the best ones, 0.5 GB each, and AdamW's averages, 1 GB.
+Saving needs twice the space for a moment.
 
 A GPU needs about 5.2 GB, by arithmetic. Parameters, gradients, AdamW's averages and the best
 parameters are five times 0.5 GB, a copy in bfloat16 0.25 GB. Each of the BATCH_SIZE = 2 windows of
-1,024 tokens adds 0.55 GB for the blocks, and 0.7 GB for logits and their gradients. On a CPU, a
-resumed run ends with the same bits as an unbroken one. On a GPU, it does not quite: attention adds
-up its gradients in an order that varies.
+1,024 tokens adds 0.55 GB for the blocks (58 bytes for each of 12 · 768 · 1,024 numbers), and 0.7 GB
+for 1,024 · 50,257 logits: 0.1 GB in bfloat16, and 0.2 GB each in float32, for the softmax, and for
+the gradient.
+
+On a CPU, a run that was stopped and resumed ends with the same bits as an unbroken one of as many
+steps. On a GPU, it does not quite: attention adds up its gradients in an order that varies, and
+each sum is rounded.
 
 Three lengths: the model can see BLOCK_SIZE = 1,024 tokens. Training uses windows of WINDOW tokens,
 on a CPU 256, as long ones take longer. From scratch, positions beyond WINDOW would stay random, so
@@ -102,8 +107,8 @@ SIZES = {  # C, blocks, H: Radford et al. 2019, table 2, and their weights
     "gpt2-large": (1280, 36, 20),
     "gpt2-xl": (1600, 48, 25),
 }
-VOCAB_SIZE = 50_257  # V; from scratch on a GPU, 50_304 = 64 · 786 makes the products faster
-BLOCK_SIZE = 1024  # the longest T: rows of the table of positions
+VOCAB_SIZE = 50_257  # V; from scratch on a GPU, 50_304 = 64 · 786 fits its units, and is faster
+BLOCK_SIZE = 1024  # the longest T: rows of the table of positions (from scratch: WINDOW)
 WINDOW = 1024 if FAST_GPU else 256  # T in training, at most BLOCK_SIZE; more: better, and slower
 N_EMBED = None  # C; None: as MODEL has it; twice as many take up to 4 times as long
 N_LAYERS = None  # blocks; None: as MODEL has it; more: better, and slower
@@ -117,7 +122,7 @@ MAX_ITERS = 100  # training steps
 LEARNING_RATE = 5e-5  # the peak from OpenAI's weights; too high: they forget; too low: it crawls
 SCRATCH_LEARNING_RATE = 6e-4  # the peak from scratch, as in GPT-3 for this size
 FINAL_LR = 0.0  # share of the peak that is left at the end; 1: it never falls
-WARMUP_ITERS = 100  # steps until the peak
+WARMUP_ITERS = 100  # steps until the peak; at most a tenth of the training
 BETAS = (0.9, 0.95)  # AdamW averages about 1 / (1 - beta) steps: 10 gradients, 20 squares; as GPT-3
 WEIGHT_DECAY = 0.1  # pulls matrices towards zero; more: less overfitting; 0.1 as in GPT-3
 GRADIENT_CLIP = 1.0  # a longer gradient is cut to this length; None: never
@@ -136,7 +141,8 @@ HALF_WEIGHTS = True  # write with 16 bits per weight: faster, and precise to 3 d
 WEIGHTS_URL = "https://huggingface.co/openai-community/{}/resolve/{}/model.safetensors"
 REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # of gpt2
 WEIGHTS_SHA256 = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
-# Processes that torchrun has started (see join_processes): how many, and which is this, from 0.
+# Processes that torchrun has started (see join_processes): how many, and which is this, from 0. It
+# tells them so in these variables.
 N_RANKS = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 RANK = int(os.environ["RANK"]) if N_RANKS > 1 else 0
 # Where the tensors are: the fastest device that is there
@@ -161,13 +167,13 @@ class Tokenizer:
     1508.07909): count all pairs of neighbours, make one token of the most frequent pair, put it
     everywhere, and count again, 50,000 times. Three such merges, for "the thin the then":
 
-        the  thin  the  then            t+h 4 times, h+e 3, space+t 3, i+n 1, ...: th gets id 256
-        th·e  th·i·n  th·e  th·e·n      th+e 3, space+th 3, i+n 1, ...: the gets id 257
+        t·h·e  t·h·i·n  t·h·e  t·h·e·n  t+h 4 times, h+e 3, space+t 3, i+n 1, ...: th gets id 256
+        th·e  th·i·n  th·e  th·e·n      th+e 3, space+th 3 (either will do), ...: the gets id 257
         the  th·i·n  the  the·n         space+the 2, the+n 1, ...: " the" gets id 258
 
     A frequent word ends as one token, a rare word stays in several. Encoding makes the same merges
-    in the same order. In " thin", only t+h is one, so it has four tokens. The id of a byte is the
-    byte: space 32, i 105, n 110.
+    in the same order. In " thin", only t+h is one, so it has four tokens. Here, the id of a byte is
+    the byte: space 32, i 105, n 110. (GPT-2 numbers its 256 bytes in another order.)
 
     >>> ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" the": 258}
     >>> options = {"mergeable_ranks": ranks, "special_tokens": {}}
@@ -233,6 +239,7 @@ def split_text(tokens, train_share, max_val_tokens, block_size):
     This is overfitting: the training loss goes on falling, while the validation loss rises."""
     cut = int(train_share * len(tokens))
     check(block_size < cut < len(tokens) - 1, f"{len(tokens)} tokens: few for WINDOW, TRAIN_SHARE")
+    # A slice of a tensor is no copy: the tokens stay in the file.
     return {"train": tokens[:cut], "val": tokens[cut : cut + max_val_tokens]}
 
 
@@ -254,18 +261,21 @@ def get_batch(tokens, batch_size, block_size, device):
 # --- 3. Model -------------------------------------------------------------------------------------
 # The bricks, all from PyTorch:
 # - A layer, nn.Linear(n, m), turns a vector x of n numbers into one of m numbers: y = x W + b. The
-#   matrix W (n × m numbers, in PyTorch `weight`) and the bias b (m numbers) are parameters: they
-#   start random, and training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1), and
-#   b = (10, 20): y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22).
+#   matrix W (n × m numbers) and the bias b (m numbers) are parameters: they start random, between
+#   -1/√n and 1/√n, and training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1),
+#   and b = (10, 20): y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22). PyTorch stores W with
+#   rows and columns exchanged, as `weight`, (m, n). A tensor (B, T, n) becomes (B, T, m).
 # - nn.Embedding(n, m) is a table of n rows with m numbers each. They are parameters, too. For the
 #   number i, it returns row i.
 # - A module is an object that holds layers and other modules. The classes below are modules. One
 #   calls a module like a function: module(x) runs its method `forward`.
 # - Training needs the gradient. PyTorch remembers how the loss was computed, step by step. From the
 #   loss it goes back to the first layer, and multiplies the derivatives on its way (the chain
-#   rule). For y = 3 x and the loss y², at x = 2: y = 6, d loss / dy = 2 · 6 = 12, dy / dx = 3, so
-#   d loss / dx = 12 · 3 = 36. Where a derivative is almost 0, the layers before it, nearer the
-#   input, hardly learn.
+#   rule). Take y = w x and the loss y², with a parameter w = 3 and an input x = 2. Then y = 6 and
+#   d loss / dy = 2 · 6 = 12. As dy / dw = x = 2, the gradient of w is d loss / dw = 12 · 2 = 24. As
+#   dy / dx = w = 3, the layer before, which made x, gets d loss / dx = 12 · 3 = 36. For a number
+#   that is used in several places, what comes back from them is added. Where a derivative is almost
+#   0, the layers before it, nearer the input, hardly learn.
 # - Softmax turns numbers into probabilities: p_i = exp(x_i) / (sum of exp(x_j) over all j). The
 #   numbers 2, 1, 0 become 0.67, 0.24, 0.09: all positive, with sum 1. Adding the same number to all
 #   of them changes nothing. Numbers that will go into a softmax are called logits, or scores.
@@ -321,10 +331,12 @@ class Head(nn.Module):
         #       0          1.0            566.0            55.6         10.2
         #       2          7.4            787.7            63.0         12.5
         T, S = q.shape[-2], k.shape[-2]
-        if T == 1 or T == S:  # a single new token may see all: no mask
+        if T == 1 or T == S:
+            # is_causal: with the mask of char_gpt.py. A single new token may see all: no mask.
             return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-        # New token t has S - T earlier ones in front of it. For T = 2 and S = 4, the rows of the
-        # mask are [1 1 1 0] and [1 1 1 1]: 1 may be seen.
+        # Several new tokens after some in the cache. (generate has no such case; a program that
+        # continues a dialogue has.) For T = 2 and S = 4, the rows of the mask are [1 1 1 0] and
+        # [1 1 1 1]: 1 may be seen.
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -332,8 +344,9 @@ class Head(nn.Module):
 class Cache:
     """The keys and values of one block for all tokens so far (a KV cache).
 
-    The mask lets a position see itself and earlier ones only. So its key and value do not change
-    when a token is added. Its query was needed once, for its own result. For three tokens:
+    In each block, the mask lets a position see itself and earlier ones only. So its numbers in all
+    blocks, and its keys and values, do not change when a token is added. Its query was needed once,
+    for its own result. For three tokens:
 
         new token    computed    kept before    scores               result: average of
         1            q1 k1 v1    -              q1·k1                v1
@@ -341,10 +354,10 @@ class Cache:
         3            q3 k3 v3    k1 v1 k2 v2    q3·k1 q3·k2 q3·k3    v1 v2 v3
 
     Without a cache, token 3 would need k1, v1, k2 and v2 again, and all layers for tokens 1 and 2.
-    It costs memory: for each token 2 · C numbers in each block, 2 · 768 · 12 · 4 bytes = 73,728
-    bytes in all, and 75.5 MB for 1,024 tokens. On 2 cores of an AMD EPYC, with weights of 16 bits,
-    the token after 1,000 others takes 12 ms, and 970 ms without a cache; after 10 others, it takes
-    9 and 45 ms.
+    It costs memory: for each token 2 · C numbers in each block, in float32 2 · 768 · 12 · 4 bytes =
+    73,728 bytes in all, and 75.5 MB for 1,024 tokens. On 2 cores of an AMD EPYC, with weights of 16
+    bits, the token after 1,000 others takes 12 ms, and 970 ms without a cache; after 10 others, it
+    takes 9 and 45 ms.
 
     There is room for `block_size` tokens from the start. A tensor cannot grow: each token would
     make a copy of it all."""
@@ -379,7 +392,7 @@ class MultiHead(nn.Module):
         # Three layers in one matrix: x W + b gives q, k and v of all heads, 3 C numbers. GPT-2 has
         # a bias b here, most newer models have none.
         self.qkv = nn.Linear(n_embed, 3 * n_embed)
-        self.head = Head()
+        self.head = Head()  # one object without parameters: it computes all H heads at once
         self.projection = nn.Linear(n_embed, n_embed)
         self.dropout = nn.Dropout(dropout)
 
@@ -402,11 +415,12 @@ class FeedForward(nn.Module):
 
     Attention averages what there is; this computes something new from it. Each of the 4 C numbers
     between the two layers detects one pattern: it is x · (a column of W) + b, above 0 if x points
-    enough like this column. relu keeps that, and turns the rest into 0. (The paper took 4 C, and so
-    do we.)
+    enough like this column. relu (in gpt2.py gelu, which is almost the same) keeps that, and turns
+    the rest into 0. (The paper took 4 C, and so do we.)
 
-    In training, dropout sets a random part of the numbers to 0, and multiplies the others so that
-    sums keep their size. The model cannot rely on single numbers: less overfitting."""
+    In training, dropout sets a random part of the numbers to 0. With a part of 0.2, it multiplies
+    the others by 1 / 0.8, so that sums keep their size. The model cannot rely on single numbers:
+    less overfitting. When we measure or generate, it is switched off: all numbers are used."""
 
     def __init__(self, n_embed, dropout):
         super().__init__()
@@ -416,9 +430,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """Transform each position: (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
-        # gelu(x) = x · P(normal number < x): 3.00 for 3, 0.84 for 1, -0.16 for -1, -0.00 for -3. It
-        # is relu with a smooth bend (Hendrycks and Gimpel 2016, arXiv 1606.08415). OpenAI's weights
-        # were trained with it, with P computed approximately, by tanh.
+        # gelu(x) is 3.00 for 3, 0.84 for 1, -0.16 for -1, and -0.00 for -3: relu with a smooth bend
+        # (Hendrycks and Gimpel 2016, arXiv 1606.08415). It is x · P, where P is the share of random
+        # numbers (of the bell curve with mean 0 and deviation 1) that are below x. OpenAI's weights
+        # were trained with it, with P computed approximately, by tanh. So they need it.
         return self.dropout(self.shrink(F.gelu(self.expand(x), approximate="tanh")))
 
 
@@ -426,15 +441,17 @@ class Block(nn.Module):
     """Attention, then feed-forward. The result of each is added to its input.
 
     These sums are residual connections (He et al. 2015, arXiv 1512.03385). The derivative of
-    x + f(x) is 1 + f'(x). The chain rule multiplies the derivatives of all blocks: thanks to the 1,
-    the gradient reaches the first block. Products of small f' alone would make it vanish: with 0.1
-    in each of 4 blocks, 0.0001 of it would be left.
+    x + f(x) is 1 + f'(x), for a single number x. The chain rule multiplies the derivatives of all
+    blocks: thanks to the 1, the gradient reaches the first block. Products of small f' alone would
+    make it vanish: with 0.1 in each of 4 blocks, 0.0001 of it would be left.
 
-    LayerNorm shifts and scales the C numbers of each position to mean 0 and standard deviation 1.
-    Then it multiplies each channel by a learned number, and adds a learned one. So attention and
-    feed-forward get numbers of a steady size, however large the sum x has grown. (Large ones would
-    push the softmax of Head to weights of 0 and 1.) In a block, LayerNorm is applied inside f, not
-    to the sum, so the derivative keeps its 1 (Xiong et al. 2020, arXiv 2002.04745)."""
+    LayerNorm shifts and scales the C numbers of each position to mean 0 and standard deviation 1
+    (the mean of their squares is 1). For example, 1 3 1 3 and 10 30 10 30 both become -1 1 -1 1.
+    Then it multiplies each channel by a learned number, which starts at 1, and adds a learned one,
+    which starts at 0: training can give channels different sizes. So attention and feed-forward get
+    numbers of a steady size, however large the sum x has grown. (Large ones would push the softmax
+    of Head to weights of 0 and 1.) In a block, LayerNorm is applied inside f, not to the sum, so
+    the derivative keeps its 1 (Xiong et al. 2020, arXiv 2002.04745)."""
 
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -469,7 +486,9 @@ class LM(nn.Module):
         # Small parameters make small logits, so nearly equal probabilities: the loss starts near
         # ln V. Each block adds two results to its input. A sum of n results of random sign is about
         # √n times as large as one of them; here n is 2 · n_layers. So the layers that make these
-        # results start with numbers smaller by √n.
+        # results start with numbers smaller by √n, for 12 blocks by √24 = 4.9. Then the sum has
+        # about the size of one result: after 12 blocks 0.3, otherwise 1.5 (measured). LayerNorm
+        # would scale a larger sum down again, but with it the vector of the token, which is in it.
         for name, p in self.named_parameters():
             if name.endswith(("projection.weight", "shrink.weight")):
                 nn.init.normal_(p, std=0.02 / (2 * n_layers) ** 0.5)  # Radford et al. 2019
@@ -489,7 +508,8 @@ class LM(nn.Module):
         Row i of it (V, C) is the vector of token i. The embedding turns token i into row i. The
         output layer computes logit i = x · row i, large where x points like row i. So the vector of
         a token is learned once, from reading and from predicting it (weight tying, Press and Wolf
-        2016, arXiv 1608.05859)."""
+        2016, arXiv 1608.05859). As nn.Linear stores W with rows and columns exchanged, both are
+        (V, C). With a matrix of its own, the output layer would add 38.6 million parameters."""
         self.lm_head.weight = self.token_embedding.weight
 
     def forward(self, idx, targets=None, caches=None):
@@ -502,16 +522,15 @@ class LM(nn.Module):
         caches, only the last position gets logits, (B, 1, V): the others predict known tokens."""
         past = caches[0].length if caches else 0
         end = past + idx.shape[1]
-        T = self.block_size
-        check(past < end <= T, f"{end} tokens: the model can see 1 to block_size = {T}")
+        check(past < end <= self.block_size, f"{end} tokens, block_size = {self.block_size}")
         # autocast: matrix products in bfloat16, numbers of 16 bits that have 2 to 3 exact digits.
         # They are twice as fast if the hardware has them: has_bfloat16, at the end of this file,
         # says so. All else stays in float32, numbers of 32 bits with 7 exact digits.
         # It converts the weights in each call: for a single token, this takes longer than it saves.
         enabled = has_bfloat16(idx.device) and not caches
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=enabled):
-            # An average does not depend on the order of its terms: attention alone would make the
-            # same of "ab" and "ba" in front of a token. So each position adds a vector of its own.
+            # An average does not depend on the order of its terms: attention in the first block
+            # would make the same of "ab" and "ba". So each position adds a vector of its own.
             # (B, T, C) + (T, C) -> (B, T, C)
             x = self.token_embedding(idx) + self.position_embedding.weight[past:end]
             x = self.dropout(x)
@@ -568,6 +587,7 @@ def load_pretrained(path, **sizes):
 
     UserError: the file is damaged, or of another model."""
     model = LM(**sizes)
+    # A matrix that is in two places, as the embedding is, has one name here.
     missing = {openai_name(name): p for name, p in model.named_parameters()}
     for name, tensor in read_safetensors(path):
         name = name.removeprefix("transformer.")
@@ -601,8 +621,9 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     total, count = 0.0, 0
     for some in starts.split(int(batch_size)):
         places = some[:, None] + torch.arange(T + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
+        # The last window may reach beyond the end. There it gets the last token again (clamp), and
+        # no targets: -100 is not counted.
         ids = tokens[places.clamp(max=len(tokens) - 1)].long()
-        # The last window may reach beyond the end. There are no targets: -100 is not counted.
         targets = ids.masked_fill(places >= len(tokens), -100)[:, 1:]
         _, loss = model(ids[:, :-1].to(device), targets.to(device))
         n = (targets != -100).sum().item()
@@ -619,9 +640,9 @@ def make_optimizers(model):
     (1 - beta) · new value. With beta = 0.9, an old value loses a tenth of its weight in each step,
     so about the last 10 count. (The averages start at 0. After n steps, AdamW divides them by
     1 - beta^n: after one step, the average is then g itself.) The parameter is moved by
-    -rate · mean(g) / √mean(g²). If g is always 0.001, the quotient is 0.001 / 0.001 = 1. If g is
-    always 100, it is 1 as well: all parameters learn at the same speed. If g is 1 and -1 in turn,
-    mean(g) is about 0, and the parameter stays.
+    -rate · mean(g) / (√mean(g²) + 10⁻⁸). If g is always 0.001, the quotient is 0.001 / 0.001 = 1.
+    If g is always 100, it is 1 as well: where g keeps its sign, all parameters learn at the same
+    speed. If g is 1 and -1 in turn, mean(g) is about 0, and the parameter stays.
 
     Before that, matrices (those of nn.Embedding as well) are multiplied by 1 - rate · WEIGHT_DECAY.
     A small matrix turns a small difference of two inputs into a small difference of its results. To
@@ -658,9 +679,10 @@ def join_processes(device):
     `torchrun --nproc_per_node=2 gpt2.py` starts the script twice. It tells each process how many
     there are, N_RANKS, and its own number, RANK. Each has the whole model. They draw the same
     windows, and each takes its share: with two, every second one. When each has the gradient of its
-    share, all replace it by the mean: of 3 and 5, both get 4. (This is all_reduce.) They began with
-    the same parameters and make the same step, so their parameters stay equal. Their dropout draws
-    different numbers. Only rank 0 prints, evaluates and writes files; the others wait for it."""
+    share, all replace it by the mean: of 3 and 5, both get 4. (all_reduce gives each 8.) They
+    began with the same parameters and make the same step, so their parameters stay equal. Their
+    dropout draws different numbers. Only rank 0 prints, evaluates and writes files; the others
+    wait for it, when they next share a gradient."""
     if N_RANKS == 1:
         return device
     if device.type == "cuda":  # each process has a GPU of its own
@@ -687,8 +709,9 @@ def train_step(model, optimizers, x, y, lr):
     small for all windows of a step. So BATCH_SIZE of them at a time go through the model: on a CPU,
     TOKENS_PER_STEP / (BATCH_SIZE · WINDOW) = 1024 / (2 · 256) = 2 batches. The gradient of a mean
     is the mean of the gradients. If those of the two batches are 3 and 5, that of all windows is 4.
-    But `backward` adds: 3 + 5 = 8, and a plain step would be twice as long. So each loss is first
-    multiplied by its share, 1/2: 1.5 + 2.5 = 4. This is gradient accumulation."""
+    But `backward` adds: 3 + 5 = 8, and a plain step would be twice as long. (AdamW would not mind a
+    factor that is always the same. But GRADIENT_CLIP would cut at half the length.) So each loss is
+    first multiplied by its share, 1/2: 1.5 + 2.5 = 4. This is gradient accumulation."""
     model.train()  # switches dropout on
     loss = 0.0
     size = int(BATCH_SIZE)
@@ -703,7 +726,8 @@ def train_step(model, optimizers, x, y, lr):
             average(tensor)
     if GRADIENT_CLIP is not None:
         # The gradient is one long vector. If it is longer than GRADIENT_CLIP, it is scaled down to
-        # this length. A single long one would rule AdamW's averages for the next 10 and 20 steps.
+        # this length. A single long one would rule AdamW's averages: for 10 steps the direction,
+        # and for 20 steps √mean(g²), so that all these steps would be too small.
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -722,8 +746,9 @@ def train(model, tokenizer, optimizers, splits, run):
     "best" has the lowest validation loss, and is for generating. (The best of several measured
     losses is partly luck: on a new text, it would be a little higher.)
 
-    Functions after the lesson print and save: evaluate, save_step, show_progress. UserError: a loss
-    is not finite."""
+    Functions after the lesson print and save: evaluate, save_step, show_progress. After the last
+    step, or Ctrl-C, main reads the best parameters from the file, measures them and continues the
+    PROMPT. UserError: a loss is not finite."""
     device = next(model.parameters()).device
     peak = LEARNING_RATE if run["init"] == "pretrained" else SCRATCH_LEARNING_RATE
     compiled = compile_model(model) if COMPILE else model  # the same parameters, faster steps
@@ -843,9 +868,10 @@ def for_generation(model):
         float16        3                1.001                 65,504
         bfloat16       2                1.008                 3e38
 
-    All weights of GPT-2 are far below 65,504. On a CPU, HalfLinear (after the lesson) copies them
-    to float16, beside the parameters in float32: 0.25 GB more. All else stays in float32. On a GPU
-    there is a copy of the model with all its numbers in bfloat16, for which none is too large.
+    Weights are small (they start near 0.02), far below 65,504. On a CPU, HalfLinear (after the
+    lesson) copies those of the layers to float16, beside the parameters in float32: 0.25 GB more.
+    What goes into these layers and comes out is rounded to float16, too; all else stays in float32.
+    On a GPU there is a copy of the model with all its numbers in bfloat16: none is too large.
 
     Measured on 2 cores of an AMD EPYC: a token takes 31 ms with float32, and 9 ms with float16. Of
     these, 6 ms are for the products. They read the weights at 80% of the speed that the memory

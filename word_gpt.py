@@ -5,8 +5,9 @@ whatever you know. New is what real text asks for, in the order of the file:
 - clean, build_vocabulary, Tokenizer: tokens are words. Reviews contain web markup, links, capitals.
   There is no end of different words: those that come less than 5 times share one token, <unk>.
 - split_documents, split_text: the text is many documents. Each ends with a token <eos> (end of
-  sequence), so that the model learns when to stop. A third part of them is for a test at the end.
-- cut_windows, get_batch: documents have different lengths. <pad> fills what a window lacks.
+  sequence), so that the model learns when to stop. 10% of the documents are for a test at the end.
+- cut_windows, get_batch: documents have different lengths. When measuring, <pad> fills the places
+  behind the end of a document.
 - AdaptiveSoftmax: logits of 37,000 words would be most of the work; it computes only a part.
 - estimate_loss: accuracy, perplexity, and what a good value is.
 - beam_search looks for the likeliest text. attention_weights shows what the model looks at.
@@ -97,7 +98,7 @@ MUON = True  # a better optimizer for most matrices (after the lesson); False: A
 LEARNING_RATE = 1e-3 if FAST_GPU else 5e-3  # the peak; too high: the loss jumps; too low: it crawls
 ADAMW_LEARNING_RATE = 1e-3 if FAST_GPU else 2e-3  # the peak in place of it if MUON = False
 FINAL_LR = 0.0  # share of the peak that is left at the end; 1: it never falls
-WARMUP_ITERS = 100  # steps until the peak
+WARMUP_ITERS = 100  # steps until the peak; at most a tenth of the training
 BETAS = (0.9, 0.99)  # AdamW averages about 1 / (1 - beta) steps: 10 gradients, 100 squares of them
 WEIGHT_DECAY = 0.1  # pulls matrices towards zero; more: less overfitting
 GRADIENT_CLIP = 1.0  # a longer gradient is cut to this length; None: never
@@ -149,9 +150,9 @@ def replacement(character):
 def clean(text, cleaning="spaced"):
     """Return the words of a text, with one space between them: letters, their marks, and digits.
 
-    The model learns what it sees often. So `Film`, `film,` and `film.` become one word. The price:
-    it will never write a full stop. Words of digits alone are left out: there are many different
-    ones, and few of them come often.
+    The model learns what it sees often. So `Film`, `film,` and `film.` become one word, without
+    punctuation. The price: it will never write a full stop. Words of digits alone are left out:
+    there are many different ones, and few of them come often.
 
     >>> clean("A well-made film.<br /><br />Don't miss the 80s, it's 10/10!")
     'a well made film dont miss the 80s its'
@@ -223,7 +224,8 @@ def split_documents(documents, train_share, val_share):
     """Return {"train": a list of clean documents, "val": ..., "test": the rest}, shuffled.
 
     Whole documents: of a document in two parts, the model would already know one half when it is
-    measured on the other. Shuffled: in the order of their names, the last 12,500 all praise.
+    measured on the other. Shuffled: in the order of their names, the last 12,500 all praise, so
+    there would be no bad review in the test.
 
     The third part: we keep the parameters with the lowest validation loss. A lucky one wins, so
     that loss is a little too good. The test is used for nothing, and measured once, at the end."""
@@ -256,9 +258,11 @@ def split_text(documents, tokenizer):
 def cut_windows(tokens, starts, ends, block_size):
     """Return the windows that begin at the starts (B, 1), and for each position its target.
 
-    From the ends (B, 1) on, <pad> (0) fills the window. A target of -100 means "do not count". The
-    targets of <pad> are such: to predict <pad> after <pad> is easy, and useless. So is the target
-    of <eos>: the next document has nothing to do with this one. Here 2 is <eos>, and T = 4:
+    From the ends on, (B, 1) or one for all, <pad> (0) fills the window. A target of -100 means "do
+    not count". Where <pad> would be the target, it is -100: <pad> after <pad> is easy to predict,
+    and useless. What follows <eos> does not count either: the next document has nothing to do with
+    this one. (Its words can still look back beyond <eos>, as in GPT-2's training: to prevent it
+    would take a mask for each window.) Here 2 is <eos>, and T = 4:
 
     >>> tokens = torch.tensor([5, 6, 7, 2, 8, 9, 2])
     >>> x, y = cut_windows(tokens, torch.tensor([[1], [4]]), torch.tensor([[7], [7]]), block_size=4)
@@ -278,18 +282,20 @@ def get_batch(tokens, batch_size, block_size, device):
     """Return random windows of the tokens (N,), and for each position its target: the next token.
 
     A window can start anywhere. It runs on into the next document; <pad> is only needed where there
-    is no next one. So each position has <eos> as its target now and then: in 0.4% of all windows,
-    as reviews have 230 words. These are the probabilities that <eos> gets where reviews go on or
-    end as they like, after 600 training steps on windows of three kinds:
+    is no next one. So each position has <eos> as its target now and then. Reviews have 230 words on
+    average, so this is right in 1 of 231 windows, 0.43%. There are two other ways to treat a window
+    that reaches an <eos>. We trained 600 steps in each way. Then, on the validation part, windows
+    started anywhere, and we took the mean of the probability that the model gave to <eos>:
 
-        a window that reaches an <eos>        loss    position 20   62      63
-        runs on into the next document        5.65    0.44%         0.44%   0.47%
-        is filled up with <pad>               5.71    0.51%         0.57%   0.55%
-        is moved back, until it ends there    5.68    0.02%         0.11%   14.4%
+        a window that reaches an <eos>        loss    at position 20   62      63   (right: 0.43%)
+        runs on into the next document        5.65    0.44%            0.44%   0.47%
+        is filled up with <pad>               5.71    0.51%            0.57%   0.55%
+        is moved back, until it ends there    5.68    0.02%            0.11%   14.4%
 
-    <pad> fills 14% of the places, and nothing is learned there. Windows that are moved back lose no
-    place. But they teach that reviews end at position 63: of 60 samples, 49 ended near their 64th
-    word. A model must meet in training what it will be asked later, at each position."""
+    <pad> would fill 14% of the places, and nothing is learned there. <eos> then comes once in fewer
+    words: 0.43% / 0.86 = 0.50%. Windows that are moved back lose no place. But they teach that
+    reviews end at position 63, the last one, and never before: of 60 samples, 49 ended near their
+    64th word. A model must meet in training what it will be asked later, at each position."""
     starts = torch.randint(len(tokens) - 1, (batch_size, 1))  # from 0 to N - 2
     x, y = cut_windows(tokens, starts, torch.tensor(len(tokens)), block_size)
     return x.to(device), y.to(device)
@@ -298,18 +304,21 @@ def get_batch(tokens, batch_size, block_size, device):
 # --- 3. Model -------------------------------------------------------------------------------------
 # The bricks, all from PyTorch:
 # - A layer, nn.Linear(n, m), turns a vector x of n numbers into one of m numbers: y = x W + b. The
-#   matrix W (n × m numbers, in PyTorch `weight`) and the bias b (m numbers) are parameters: they
-#   start random, and training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1), and
-#   b = (10, 20): y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22).
+#   matrix W (n × m numbers) and the bias b (m numbers) are parameters: they start random, between
+#   -1/√n and 1/√n, and training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1),
+#   and b = (10, 20): y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22). PyTorch stores W with
+#   rows and columns exchanged, as `weight`, (m, n). A tensor (B, T, n) becomes (B, T, m).
 # - nn.Embedding(n, m) is a table of n rows with m numbers each. They are parameters, too. For the
 #   number i, it returns row i.
 # - A module is an object that holds layers and other modules. The classes below are modules. One
 #   calls a module like a function: module(x) runs its method `forward`.
 # - Training needs the gradient. PyTorch remembers how the loss was computed, step by step. From the
 #   loss it goes back to the first layer, and multiplies the derivatives on its way (the chain
-#   rule). For y = 3 x and the loss y², at x = 2: y = 6, d loss / dy = 2 · 6 = 12, dy / dx = 3, so
-#   d loss / dx = 12 · 3 = 36. Where a derivative is almost 0, the layers before it, nearer the
-#   input, hardly learn.
+#   rule). Take y = w x and the loss y², with a parameter w = 3 and an input x = 2. Then y = 6 and
+#   d loss / dy = 2 · 6 = 12. As dy / dw = x = 2, the gradient of w is d loss / dw = 12 · 2 = 24. As
+#   dy / dx = w = 3, the layer before, which made x, gets d loss / dx = 12 · 3 = 36. For a number
+#   that is used in several places, what comes back from them is added. Where a derivative is almost
+#   0, the layers before it, nearer the input, hardly learn.
 # - Softmax turns numbers into probabilities: p_i = exp(x_i) / (sum of exp(x_j) over all j). The
 #   numbers 2, 1, 0 become 0.67, 0.24, 0.09: all positive, with sum 1. Adding the same number to all
 #   of them changes nothing. Numbers that will go into a softmax are called logits, or scores.
@@ -318,7 +327,7 @@ def get_batch(tokens, batch_size, block_size, device):
 # of a CPU above, and V = 36,980. (char_gpt.py has an example in numbers on its way through it.)
 #
 #   LM      token ids (B, T)
-#           * their rows in lm_head, which is at the end of this map
+#           * their rows in lm_head, which is at the end of this map (and counted there)
 #           * position_embedding, 64 × 256                                             16,384
 #             their sum, a vector of C numbers (B, T, C)
 #   Block, N_LAYERS times:                                                        2 × 788,992
@@ -333,8 +342,9 @@ def get_batch(tokens, batch_size, block_size, device):
 #             (B, T, V). 36,980 words and 2 groups, with 256 + 1 numbers each       9,504,374
 #                                                                                  11,099,254
 # With 37,000 words, 86% of the parameters are in lm_head. So its rows are used twice, for reading
-# words and for predicting them: a token_embedding of its own would need 9.5 million more. And it
-# does not compute all logits: that would be 86% of the work of a step as well.
+# words and for predicting them: a token_embedding of its own would need 9.5 million more. And in
+# training, it does not compute all logits: that would be 86% of the work of a step as well, since
+# a layer multiplies by each of its numbers once for each position.
 
 
 class Head(nn.Module):
@@ -366,11 +376,13 @@ class Head(nn.Module):
         # random 1 or -1, sum to about 4 = √16 or to -4, seldom to 16. Divided by √hs, scores have
         # the same size for each hs. Large scores would push softmax to weights of 0 and 1. There
         # it hardly reacts to a change of the scores: its derivative is almost 0.
-        # T × T scores for each head: for twice as many tokens, four times as much work.
+        # T × T scores for each head: for twice as many tokens, four times as much work. @ makes one
+        # product of two matrices for each b and each head.
         scores = (q / hs**0.5) @ k.transpose(-2, -1)  # (B,H,T,hs) @ (B,H,hs,T) -> (B,H,T,T)
         # The mask hides the future. For T = 3 its rows are [0 -inf -inf], [0 0 -inf], [0 0 0]: a
         # score of -inf gets the weight exp(-inf) = 0. Without the mask, position t sees its target,
-        # token t + 1, and learns to copy it: a loss near 0. Generation fails: it has no t + 1 yet.
+        # token t + 1, and learns to copy it: a loss near 0. (Only the last position of a window
+        # does not see its target.) Generation fails: it has no token t + 1 yet.
         mask = torch.full((T, T), -math.inf, dtype=scores.dtype, device=scores.device).triu(1)
         weights = F.softmax(scores + mask, dim=-1)  # (B, H, T, T), each row sums to 1
         return weights @ v  # (B, H, T, T) @ (B, H, T, hs) -> (B, H, T, hs)
@@ -389,7 +401,7 @@ class MultiHead(nn.Module):
         # Three layers in one matrix: x W gives q, k and v of all heads, 3 C numbers. They have no
         # bias b, as in most newer models (measured: see tests/RESULTS.md, no difference).
         self.qkv = nn.Linear(n_embed, 3 * n_embed, bias=False)
-        self.head = Head()
+        self.head = Head()  # one object without parameters: it computes all H heads at once
         self.projection = nn.Linear(n_embed, n_embed)
         self.dropout = nn.Dropout(dropout)
 
@@ -410,11 +422,12 @@ class FeedForward(nn.Module):
 
     Attention averages what there is; this computes something new from it. Each of the 4 C numbers
     between the two layers detects one pattern: it is x · (a column of W) + b, above 0 if x points
-    enough like this column. relu keeps that, and turns the rest into 0. (The paper took 4 C, and so
-    do we.)
+    enough like this column. relu (in gpt2.py gelu, which is almost the same) keeps that, and turns
+    the rest into 0. (The paper took 4 C, and so do we.)
 
-    In training, dropout sets a random part of the numbers to 0, and multiplies the others so that
-    sums keep their size. The model cannot rely on single numbers: less overfitting."""
+    In training, dropout sets a random part of the numbers to 0. With a part of 0.2, it multiplies
+    the others by 1 / 0.8, so that sums keep their size. The model cannot rely on single numbers:
+    less overfitting. When we measure or generate, it is switched off: all numbers are used."""
 
     def __init__(self, n_embed, dropout):
         super().__init__()
@@ -425,7 +438,8 @@ class FeedForward(nn.Module):
     def forward(self, x):
         """Transform each position: (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
         # relu is max(0, x). Without it, two layers would be one, x A B = x (AB), and one layer only
-        # adds its inputs with fixed factors: it cannot say "if both are there".
+        # adds its inputs with fixed factors: it cannot say "if both are there". relu(a + b - 1)
+        # can: of a and b that are 0 or 1, it makes 1 if both are 1, else 0.
         return self.dropout(self.shrink(F.relu(self.expand(x))))
 
 
@@ -433,15 +447,17 @@ class Block(nn.Module):
     """Attention, then feed-forward. The result of each is added to its input.
 
     These sums are residual connections (He et al. 2015, arXiv 1512.03385). The derivative of
-    x + f(x) is 1 + f'(x). The chain rule multiplies the derivatives of all blocks: thanks to the 1,
-    the gradient reaches the first block. Products of small f' alone would make it vanish: with 0.1
-    in each of 4 blocks, 0.0001 of it would be left.
+    x + f(x) is 1 + f'(x), for a single number x. The chain rule multiplies the derivatives of all
+    blocks: thanks to the 1, the gradient reaches the first block. Products of small f' alone would
+    make it vanish: with 0.1 in each of 4 blocks, 0.0001 of it would be left.
 
-    LayerNorm shifts and scales the C numbers of each position to mean 0 and standard deviation 1.
-    Then it multiplies each channel by a learned number, and adds a learned one. So attention and
-    feed-forward get numbers of a steady size, however large the sum x has grown. (Large ones would
-    push the softmax of Head to weights of 0 and 1.) In a block, LayerNorm is applied inside f, not
-    to the sum, so the derivative keeps its 1 (Xiong et al. 2020, arXiv 2002.04745)."""
+    LayerNorm shifts and scales the C numbers of each position to mean 0 and standard deviation 1
+    (the mean of their squares is 1). For example, 1 3 1 3 and 10 30 10 30 both become -1 1 -1 1.
+    Then it multiplies each channel by a learned number, which starts at 1, and adds a learned one,
+    which starts at 0: training can give channels different sizes. So attention and feed-forward get
+    numbers of a steady size, however large the sum x has grown. (Large ones would push the softmax
+    of Head to weights of 0 and 1.) In a block, LayerNorm is applied inside f, not to the sum, so
+    the derivative keeps its 1 (Xiong et al. 2020, arXiv 2002.04745)."""
 
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -475,12 +491,13 @@ class AdaptiveSoftmax(nn.Module):
         row of the weight    0   1   2   3   4     5   6     7   8
         its logit is of     g0  g1  w0  w1  w2  |  w3  w4  |  w5  w6
 
-    Of the targets in the reviews, 84% are among the 2,000 most frequent words. They need the first
-    softmax only: 2,002 logits and not 36,980. 11% are in g0 and 4% in g1.
+    Of the targets in the reviews, 84% are among the first 2,000 ids. They need the first softmax
+    only: 2,002 logits and not 36,980. 11% are in g0 and 4% in g1 (rounded).
 
     The rows of words are the token embedding as well (weight tying, Press and Wolf 2016, arXiv
     1608.05859). Words that can replace each other, such as film and movie, need similar rows for
-    both: read, they mean nearly the same; predicted, they are likely in the same places."""
+    reading, since they mean nearly the same, and for predicting, since they are likely in the same
+    places. So one row can serve both, and learns from both."""
 
     def __init__(self, vocab_size, n_embed, cutoffs):
         super().__init__()
@@ -491,12 +508,15 @@ class AdaptiveSoftmax(nn.Module):
         self.rows = [len(sizes) + n_frequent, *sizes]  # of each softmax: 5, 2 and 2 above
         self.weight = nn.Parameter(torch.empty(sum(self.rows), n_embed))  # LM fills it
         self.bias = nn.Parameter(torch.zeros(sum(self.rows)))
-        with torch.no_grad():  # at first, a group is as likely as all its words: e^(ln size) = size
+        # At first, a word counts about e^0 = 1 in the softmax, so a group must count as all its
+        # words together: e^(ln size) = size.
+        with torch.no_grad():
             self.bias[: len(sizes)] = torch.tensor(sizes).log()
 
     def place(self, ids):
-        """Return which row a word has: those of groups come first. An id below 0 is no word."""
-        return torch.where(ids < 0, ids, ids + len(self.cutoffs))  # so it fails, as in nn.Embedding
+        """Return which row a word has: those of groups come first."""
+        # An id below 0 is a mistake. It must fail, and not become the row of a group.
+        return torch.where(ids < 0, ids, ids + len(self.cutoffs))
 
     def embed(self, idx):
         """Return the rows of the tokens idx (B, T): (B, T, C)."""
@@ -514,7 +534,8 @@ class AdaptiveSoftmax(nn.Module):
         return first.tensor_split([len(self.cutoffs)], dim=-1)
 
     def forward(self, x):
-        """Return ln P of all words, (..., C) -> (..., V). As logits they give P: e^(ln P) = P."""
+        """Return ln P of all words, (..., C) -> (..., V). As logits, they give P again: e^(ln P) is
+        P, and all P sum to 1 already."""
         groups, frequent = self.first_choice(x)
         found = [frequent]
         for i in range(len(self.cutoffs)):
@@ -523,7 +544,11 @@ class AdaptiveSoftmax(nn.Module):
         return torch.cat(found, dim=-1)
 
     def losses(self, x, targets):
-        """Return -ln P of n targets (n,), for x (n, C). Most need the first softmax only."""
+        """Return -ln P of n targets (n,), for x (n, C). Most need the first softmax only.
+
+        In the example above, the target w1 has row 3: its loss is -ln 0.2 = 1.61. The target w3 has
+        the row of g0, 0, for the first choice, and is the first word of g0: its loss is
+        -ln 0.2 - ln 0.5 = 1.61 + 0.69 = 2.30."""
         # group: 0 for a frequent word, 1 for a word of g0, 2 for one of g1.
         cutoffs = torch.tensor(self.cutoffs, device=x.device)
         group = torch.bucketize(targets, cutoffs, right=True)
@@ -533,16 +558,22 @@ class AdaptiveSoftmax(nn.Module):
             chosen = (group == i + 1).nonzero().flatten()  # which targets are in this group
             logits = self.logits(x[chosen], i + 1)
             second = F.cross_entropy(logits, targets[chosen] - cutoff, reduction="none")
-            losses = losses.index_add(0, chosen, second)
+            losses = losses.index_add(0, chosen, second)  # losses[chosen] + second
         return losses
 
     def hits(self, x, targets, losses):
-        """Return for n targets (n,) whether each is the most likely token. -losses is its ln P."""
+        """Return for n targets (n,) whether each is the most likely word. -losses is its ln P.
+
+        In the example above, w0 is the most likely word. For the target w3, this is known after the
+        first choice: its P, 0.1, is below that of w0, 0.4. For the target w0 as well: a word has at
+        most the P of its group, so no word of g0 (0.2) or g1 (0.1) is above 0.4. If g0 had 0.9 and
+        w0 0.1, one would have to look into g0: w3 has 0.9 · 0.5 = 0.45."""
         groups, frequent = self.first_choice(x)
         best, word = frequent.max(-1)
-        hits = (word == targets) | (-losses > best)  # a frequent target, or one of a group
+        # Not yet out: a frequent target that is the best of them, or another one that is likelier.
+        hits = (word == targets) | (-losses > best)
         for i, cutoff in enumerate(self.cutoffs):
-            # A word has at most the P of its group. So only likelier groups are looked into.
+            # Of those, look into this group if it is likelier than the target.
             chosen = (hits & (groups[:, i] > -losses)).nonzero().flatten()
             inside = F.log_softmax(self.logits(x[chosen], i + 1), dim=-1)
             best, word = inside.max(-1)
@@ -582,8 +613,8 @@ class LM(nn.Module):
         # They are twice as fast if the hardware has them: has_bfloat16, at the end of this file,
         # says so. All else stays in float32, numbers of 32 bits with 7 exact digits.
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=has_bfloat16(idx.device)):
-            # An average does not depend on the order of its terms: attention alone would make the
-            # same of "ab" and "ba" in front of a token. So each position adds a vector of its own.
+            # An average does not depend on the order of its terms: attention in the first block
+            # would make the same of "ab" and "ba". So each position adds a vector of its own.
             # (B, T, C) + (T, C) -> (B, T, C)
             x = self.lm_head.embed(idx) + self.position_embedding.weight[:T]
             return self.ln_f(self.blocks(self.dropout(x)))
@@ -603,7 +634,10 @@ class LM(nn.Module):
 # --- 4. Training ----------------------------------------------------------------------------------
 @torch.no_grad()  # PyTorch need not remember how results were computed: it costs memory
 def estimate_loss(model, tokens, batch_size, eval_iters=None):
-    """Return {"loss": nats per token, "known": the same without <unk>, "accuracy"} of tokens (N,).
+    """Return {"loss": nats per token, "known", "accuracy"} of tokens (N,).
+
+    "known" is the mean loss of all targets but <unk>. With the defaults it is 5.33 at the end, not
+    5.31: the difference is what <unk> hides.
 
     Two predictions, where the true next words got the probabilities 0.3 and 0.05:
 
@@ -618,13 +652,18 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
 
         predicted from                   loss     perplexity   accuracy
         nothing: all V equally likely    10.52    36,980       0.00%
-        nothing: always "the"            no end   no end       5.82%     P = 0 for all other words
+        nothing: always "the"            infinite infinite     5.82%     P = 0 for all other words
         how frequent each word is        6.90     994          5.82%
-        the word before (counted)        5.69     296          14.32%
+        the word before (see below)      5.69     296          14.32%
         this model                       5.31     203          18.03%
 
+    The word before: how often each word followed it in the training part. For a pair that never
+    came, this would be P = 0. So it is mixed with how frequent each word is (Witten-Bell).
+
     A loss per word and one per character do not compare: a word has 5.4 characters, with the space.
-    Bits per character do: 5.31 / ln 2 / 5.4 = 1.42. Those of the test part are 1.42, too.
+    Bits per character do, on the same text. A bit is ln 2 = 0.69 nats, so 5.31 nats per word are
+    5.31 / 0.69 / 5.4 = 1.42 bits per character. (Those of the test part are 1.42, too. Shakespeare
+    in char_gpt.py, with 2.14, is another text: it has capitals and punctuation, and no <unk>.)
 
     Each document is cut into windows side by side, so each of its tokens but the first is a target
     once. With `eval_iters`, at most that many batches are used, evenly spread. No random number is
@@ -632,9 +671,9 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     model.eval()  # switches dropout off: the whole model is measured
     T = model.block_size
     device = next(model.parameters()).device
-    ends = (tokens == Tokenizer.eos).nonzero().flatten() + 1  # of the documents
+    borders = (tokens == Tokenizer.eos).nonzero().flatten() + 1  # between the documents
     windows = []  # (where a window starts, where its document ends)
-    for begin, end in pairwise([0, *ends.tolist()]):
+    for begin, end in pairwise([0, *borders.tolist()]):
         windows += [(start, end) for start in range(begin, end - 1, T)]  # end - 1 is the <eos>
     n_windows = len(windows)
     n_used = n_windows if eval_iters is None else min(n_windows, eval_iters * batch_size)
@@ -664,9 +703,9 @@ def make_optimizers(model):
     (1 - beta) · new value. With beta = 0.9, an old value loses a tenth of its weight in each step,
     so about the last 10 count. (The averages start at 0. After n steps, AdamW divides them by
     1 - beta^n: after one step, the average is then g itself.) The parameter is moved by
-    -rate · mean(g) / √mean(g²). If g is always 0.001, the quotient is 0.001 / 0.001 = 1. If g is
-    always 100, it is 1 as well: all parameters learn at the same speed. If g is 1 and -1 in turn,
-    mean(g) is about 0, and the parameter stays.
+    -rate · mean(g) / (√mean(g²) + 10⁻⁸). If g is always 0.001, the quotient is 0.001 / 0.001 = 1.
+    If g is always 100, it is 1 as well: where g keeps its sign, all parameters learn at the same
+    speed. If g is 1 and -1 in turn, mean(g) is about 0, and the parameter stays.
 
     Before that, matrices (those of nn.Embedding as well) are multiplied by 1 - rate · WEIGHT_DECAY.
     A small matrix turns a small difference of two inputs into a small difference of its results. To
@@ -712,7 +751,8 @@ def train_step(model, optimizers, x, y, lr):
     loss.backward()  # computes the gradient: d loss / d parameter, into `grad` of each parameter
     if GRADIENT_CLIP is not None:
         # The gradient is one long vector. If it is longer than GRADIENT_CLIP, it is scaled down to
-        # this length. A single long one would rule AdamW's averages for the next 10 and 100 steps.
+        # this length. A single long one would rule AdamW's averages: for 10 steps the direction,
+        # and for 100 steps √mean(g²), so that all these steps would be too small.
         # (A precaution: char_gpt.py reaches the same loss without it.)
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
     for optimizer in optimizers:
@@ -732,8 +772,9 @@ def train(model, tokenizer, optimizers, splits, run):
     "best" has the lowest validation loss, and is for generating. (The best of several measured
     losses is partly luck: on a new text, it would be a little higher.)
 
-    Functions after the lesson print and save: evaluate, save_step, show_progress. UserError: a loss
-    is not finite."""
+    Functions after the lesson print and save: evaluate, save_step, show_progress. After the last
+    step, or Ctrl-C, main reads the best parameters from the file, measures them and continues the
+    PROMPT. UserError: a loss is not finite."""
     device = next(model.parameters()).device
     peak = LEARNING_RATE if MUON else ADAMW_LEARNING_RATE
     start = time.perf_counter() - run["seconds"]  # a resumed run counts its earlier ones
@@ -822,8 +863,8 @@ def beam_search(model, ids, max_new_tokens, beams):
 
     One beam takes the likeliest word each time, and finds a b. Two beams continue the two likeliest
     texts, keep the two likeliest of all results, and find c d. ln turns products into sums. This is
-    needed: 100 words with P = 0.01 have 10^-200 together, which float32 rounds to 0; the sum of
-    their ln is -461.
+    needed: 200 words with P = 0.01 have 10^-400 together, which Python rounds to 0; the sum of
+    their ln is -921. (<unk> is never written. So all P are those of a text without it.)
 
     Is the likeliest text a good one? After "I think this movie was", generate drew "stupid the
     movie was funny a decent little acting and the actors were beautiful ...". 5 beams found "so bad
@@ -867,17 +908,18 @@ def attention_weights(model, ids):
         1    0       1  0     1    0
         0.3  0.7  @  0  1  =  0.3  0.7      row 1: the second word weighs the first one with 0.3
 
-    main draws them into NAME-1_attention.png. A row is what one word looks at. With the defaults,
-    head 1 of block 1 has a dark diagonal: each word looks at itself. Head 2 is dark left of it: it
-    looks at the word before. Head 2 of block 2 has pale columns above "movie", "stupid" and
-    "funny": many later words look at them."""
+    main draws them into NAME-1_attention.png, for the text that it has just written: the larger a
+    weight, the darker. A row is what one word looks at. With the defaults, head 1 of block 1 has a
+    dark diagonal: each word looks at itself. Head 2 is dark left of it: it looks at the word
+    before. In head 2 of block 2, the columns of "movie", "stupid" and "funny" are grey far down:
+    many later words look at them a little."""
     found = []
 
     # A hook: PyTorch calls look(head, inputs, output) after each call of a Head.
     def look(head, inputs, output):
         """Call a Head that has just worked on q, k, v (1, H, T, hs) once more, with another v."""
         q, k, _ = inputs
-        identity = torch.eye(len(ids), device=q.device)
+        identity = torch.eye(len(ids), device=q.device)  # (T, T), for each head
         # head(...) would call this function again, without end; head.forward(...) does not. In
         # bfloat16, the weights would have 2 digits only.
         with torch.autocast(q.device.type, enabled=False):
@@ -917,22 +959,26 @@ def attention_weights(model, ids):
 # W_ij changes y_j by the factor x_i. Let d_j be the derivative of the loss by y_j. By the chain
 # rule, one position of the batch adds the matrix x_i · d_j to the gradient. For x = (1, 1) and
 # d = (3, 0), its rows are (3, 0) and (3, 0): it turns (1, 1), the direction of x, into (6, 0), and
-# (1, -1) into (0, 0). So the factor is large for a direction that many inputs have, and small for a
-# rare one. Three optimizers make different steps of this gradient:
+# (1, -1) into (0, 0). The gradient is the sum of these matrices: ten positions with this x and this
+# d make the factor ten times as large. So it is large for a direction that many inputs have, and
+# small for a rare one. Three optimizers make different steps of the gradient above:
 #
 #                plain gradient     AdamW, first step     Muon
 #                5.5  4.5           1  1                  0.7  0.0
 #                4.5  5.5           1  1                  0.0  0.7
 #     factors    10 and 1           2 and 0               0.7 and 0.7
 #
-# A plain step is 10 times as long for (1, 1) as for (1, -1). The rate must be low enough for
-# (1, 1), or it overshoots: one parameter w = 2 with the loss w², the gradient 4 and the rate 1.1
-# would become 2 - 1.1 · 4 = -2.4. So it learns little for (1, -1). AdamW makes the numbers equal,
-# not the factors: here it learns nothing for (1, -1). Muon makes the factors equal: it learns as
-# much for rare directions as for frequent ones. In char_gpt.py, after 400 steps at the rate that is
-# best for so few (0.016), the loss is 1.66 with Muon, and 1.87 with AdamW alone. (Its default rate,
-# 0.008, is better for 1,600 steps.) Embeddings and lm_head stay with AdamW, which Jordan et al.
-# found to be better.
+# A plain step is 10 times as long for (1, 1) as for (1, -1). But often the loss bends more in the
+# frequent direction as well. Take two parameters a = b = 1 with the loss 5 a² + b² / 2, so with the
+# gradient (10 a, b). The rate 0.1 makes a = 1 - 0.1 · 10 = 0, and b = 0.9: one is done, the other
+# has hardly begun. The rate 1 would be right for b, and makes a = 1 - 10 = -9: it overshoots. So
+# the rate must be low, and plain steps learn little for rare directions. AdamW makes the numbers
+# equal, not the factors: above, it learns nothing for (1, -1). Muon makes the factors equal: it
+# learns as much for rare directions as for frequent ones.
+#
+# In char_gpt.py, after 400 steps, the loss is 1.66 with Muon and 1.87 with AdamW alone, each at its
+# best rate for so few steps (0.016 for both; over all 1,600 steps, Muon's best is 0.008).
+# Embeddings and lm_head stay with AdamW, which Jordan et al. found to be better.
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
 
@@ -951,25 +997,28 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[p]  # a dict of our own for each matrix
                 if "average" not in state:
                     state["average"] = torch.zeros_like(p)
-                average = state["average"]
+                average = state["average"]  # too small at first; orthogonalize divides by its norm
                 average.lerp_(p.grad, 0.05)  # in place (_): 0.95 · old average + 0.05 · gradient
                 # 0.95 · average + 0.05 · gradient: the newest gradient counts about twice, so the
                 # step reacts sooner.
                 update = orthogonalize(p.grad.lerp(average, 0.95))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # The squares of a matrix's numbers sum to the squares of its factors (see below).
+                # The sum of the squares of a matrix's numbers is that of its factors (see below).
                 # 128 × 384 numbers have 128 factors. If all are 1, a square is 128 / (128 · 384)
                 # on average, so a number is about 1/√384. AdamW's quotients are 1 at first, and
                 # 0.2 to 0.4 later, when gradients change their signs (measured by Liu et al. 2025,
-                # arXiv 2502.16982). With their factor 0.2 · √384, Muon and AdamW can
-                # share one rate.
+                # arXiv 2502.16982). They multiply Muon's step by 0.2 · √384: then its numbers are
+                # about 0.2, too, and one rate fits both optimizers.
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 def orthogonalize(matrix):
     """Return the matrix with its factors (singular values) about equal, 0.7 to 1.2.
 
-    >>> orthogonalize(torch.tensor([[5.5, 4.5], [4.5, 5.5]])).mul(10).abs().round().tolist()
+    (But a factor of 0 stays 0, and one below 1/100 of the largest stays smaller than the others.)
+
+    >>> result = orthogonalize(torch.tensor([[5.5, 4.5], [4.5, 5.5]]))
+    >>> result.mul(10).round().abs().tolist()  # abs makes 0 of -0
     [[7.0, 0.0], [0.0, 7.0]]
 
     First, the matrix M is divided by its norm, so that no factor is above 1. (The square of the

@@ -291,6 +291,35 @@ def test_numbers_in_comments(gpt):
             assert float(text) == round(number, len(text.partition(".")[2])), row
 
 
+def attention_weights(block, x):
+    """Return what the heads of a block multiply v with, (B, H, T, T), written down once more."""
+    q, k, _ = block.attention.qkv(x).chunk(3, dim=-1)
+    q, k = (part.unflatten(-1, (2, 2)).transpose(1, 2) for part in (q, k))  # 2 heads of 2 numbers
+    scores = torch.einsum("bhtd,bhsd->bhts", q, k) / math.sqrt(2)
+    future = torch.ones(4, 4).triu(1).bool()
+    return scores.masked_fill(future, -math.inf).softmax(-1)
+
+
+def test_the_numbers_of_the_bricks(gpt):
+    """Those of section 3: a layer, a gradient, LayerNorm, "if both are there"."""
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.data = torch.tensor([[3.0, 0.0], [1.0, 1.0]]).T
+    layer.bias.data = torch.tensor([10.0, 20.0])
+    assert layer(torch.tensor([1.0, 2.0])).tolist() == [15, 22]
+    w, x = torch.tensor(3.0, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    ((w * x) ** 2).backward()
+    assert (w.grad, x.grad) == (24, 36)
+    for numbers in ([1.0, 3, 1, 3], [10.0, 30, 10, 30]):
+        normed = torch.nn.LayerNorm(4)(torch.tensor(numbers))
+        assert normed.tolist() == pytest.approx([-1, 1, -1, 1], abs=1e-4)
+    for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        assert F.relu(torch.tensor(a + b - 1)) == (a and b)
+    a = torch.tensor([1.0, 1.0], requires_grad=True)  # a and b of Muon's 5 a² + b² / 2
+    (5 * a[0] ** 2 + a[1] ** 2 / 2).backward()
+    for rate, after in ((0.1, [0, 0.9]), (1, [-9, 0])):
+        assert (a.detach() - rate * a.grad).tolist() == pytest.approx(after, abs=1e-6)
+
+
 def test_the_example_that_goes_through_the_model(gpt):
     """The numbers of the map in section 3: a small LM that has learned one line."""
     gpt.MUON, gpt.WEIGHT_DECAY, gpt.GRADIENT_CLIP, gpt.BETAS = False, 0.5, 1.0, (0.9, 0.99)
@@ -309,10 +338,12 @@ def test_the_example_that_goes_through_the_model(gpt):
         token = model.token_embedding(idx)
         x = token + position
         attention = block.attention(block.ln1(x))
+        weights = attention_weights(block, block.ln1(x))[0, :, -1]
         feed_forward = block.feed_forward(block.ln2(x + attention))
         end = x + attention + feed_forward
         logits = model(idx)[0][0, -1]
-    rows = [idx[0], token[0, -1], position[-1], x[0, -1], attention[0, -1], feed_forward[0, -1]]
+    rows = [idx[0], token[0, -1], position[-1], x[0, -1], *weights]
+    rows += [attention[0, -1], feed_forward[0, -1]]
     normed = F.layer_norm(end[0, -1], (4,))
     rows += [end[0, -1], normed, model.ln_f(end)[0, -1], logits, logits.softmax(-1)]
     source = (ROOT / "char_gpt.py").read_text(encoding="utf-8")
@@ -322,7 +353,7 @@ def test_the_example_that_goes_through_the_model(gpt):
         row = re.search(r"((?: +-?\d+(?:\.\d\d)?(?= |$)){4,7})$", comment)
         if row:
             shown.append([float(number) for number in row[1].split()])
-    assert [len(row) for row in shown] == [4] * 9 + [7] * 2
+    assert [len(row) for row in shown] == [4] * 11 + [7] * 2
     for numbers, row in zip(shown, rows, strict=True):
         assert numbers == pytest.approx(row.tolist(), abs=0.02), numbers
     assert f"-ln {shown[-1][2]:.2f} = {-logits.log_softmax(-1)[2]:.2f}" in example

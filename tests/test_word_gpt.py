@@ -624,7 +624,8 @@ def test_numbers_of_the_metrics_and_of_beams(gpt):
     for a, b in ((0.6, 0.55), (0.4, 0.9)):
         assert f"{a} · {b} " in text and f"= {a * b:.2f} " in text
         assert f"{math.log(a):.2f} - {-math.log(b):.2f} = {math.log(a * b):.2f}" in text
-    assert f"{100 * math.log(0.01):.0f}" == "-461" and "-461" in text
+    assert f"{200 * math.log(0.01):.0f}" == "-921" and "-921" in text
+    assert 0.01**200 == 0
 
 
 @pytest.mark.skipif(not ARCHIVE.exists(), reason="the archive of reviews is not here")
