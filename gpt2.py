@@ -11,8 +11,9 @@ small text of another kind. It needs few steps: they know English already. What 
 - FeedForward: gelu in place of relu. LM: the output layer is the table of token embeddings.
 - openai_name, load_pretrained: OpenAI's weights, renamed, fit into LM
 - make_optimizers: AdamW alone. Muon multiplies C × C matrices, so its work grows with C³, whatever
-  the number of tokens. A step of 1,024 tokens would be three times the work. (By arithmetic, one of
-  32,768 on a GPU only 6% more: not tried. In char_gpt.py, it adds 12%.)
+  the number of tokens. A step of 1,024 tokens would be three times the work of one with AdamW. (In
+  char_gpt.py, it adds 12%. By arithmetic, it would add 6% to a step of 32,768 tokens on a GPU. We
+  had no GPU to try it, and keep one recipe.)
 - train_step: the gradients of several small batches are added up (gradient accumulation)
 - join_processes: several processes, each with a GPU, share a step
 - bits_per_character: what compares with char_gpt.py, whose tokens are shorter
@@ -35,17 +36,17 @@ Saving needs twice the space for a moment.
 A GPU needs about 5.2 GB, by arithmetic. Parameters, gradients, AdamW's averages and the best
 parameters are five times 0.5 GB, a copy in bfloat16 0.25 GB. Each of the BATCH_SIZE = 2 windows of
 1,024 tokens adds 0.55 GB for the blocks (58 bytes for each of 12 · 768 · 1,024 numbers), and 0.7 GB
-for 1,024 · 50,257 logits: 0.1 GB in bfloat16, and 0.2 GB each in float32, for the softmax, and for
-the gradient.
+for 1,024 · 50,257 logits: 0.1 GB for them in bfloat16, and three times 0.2 GB for them in float32,
+their softmax, and their gradient.
 
 On a CPU, a run that was stopped and resumed ends with the same bits as an unbroken one of as many
 steps. On a GPU, it does not quite: attention adds up its gradients in an order that varies, and
 each sum is rounded.
 
-Three lengths: the model can see BLOCK_SIZE = 1,024 tokens. Training uses windows of WINDOW tokens,
-on a CPU 256, as long ones take longer. From scratch, positions beyond WINDOW would stay random, so
-there the model can see WINDOW tokens only. Evaluations use all that it can see. So after
-fine-tuning on a CPU, the estimated loss is of longer windows than the loss of a step.
+Three lengths. First, the model can see BLOCK_SIZE = 1,024 tokens. Second, training uses windows of
+WINDOW tokens, on a CPU 256, as long ones take longer. From scratch, positions beyond WINDOW would
+stay random, so there the model can see WINDOW tokens only. Third, evaluations use all that it can
+see. So after fine-tuning on a CPU, the estimated loss is of longer windows than that of a step.
 
 PyTorch supplies tensors (arrays of numbers), and more that is explained below. Letters of shapes:
     B   batch: pieces of text processed in parallel   H   heads per block
@@ -107,7 +108,7 @@ SIZES = {  # C, blocks, H: Radford et al. 2019, table 2, and their weights
     "gpt2-large": (1280, 36, 20),
     "gpt2-xl": (1600, 48, 25),
 }
-VOCAB_SIZE = 50_257  # V; from scratch on a GPU, 50_304 = 64 · 786 fits its units, and is faster
+VOCAB_SIZE = 50_257  # V; a GPU takes 64 at a time: from scratch there, 50_304 = 64 · 786 is faster
 BLOCK_SIZE = 1024  # the longest T: rows of the table of positions (from scratch: WINDOW)
 WINDOW = 1024 if FAST_GPU else 256  # T in training, at most BLOCK_SIZE; more: better, and slower
 N_EMBED = None  # C; None: as MODEL has it; twice as many take up to 4 times as long
@@ -136,7 +137,7 @@ SAMPLE_TOKENS = 500  # length of the continuation, in tokens
 TEMPERATURE = 0.8  # 0: always the most likely token; 1: the model's own probabilities
 TOP_K = 50  # draw among this many most likely tokens; None: among all, most of which do not fit
 TOP_P = None  # draw among the most likely tokens that have this probability together; None: all
-HALF_WEIGHTS = True  # write with 16 bits per weight: faster, and precise to 3 digits
+HALF_WEIGHTS = True  # write with 16 bits per weight: faster, and precise to 3 digits (a GPU: 2)
 # OpenAI's weights
 WEIGHTS_URL = "https://huggingface.co/openai-community/{}/resolve/{}/model.safetensors"
 REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # of gpt2
@@ -323,8 +324,9 @@ class Head(nn.Module):
 
         S = T, or with a Cache the T new tokens and those before them."""
         # This function computes what char_gpt.py writes out: scores / √hs, mask, softmax, average.
-        # It never stores all T · S scores (Dao et al. 2022, arXiv 2205.14135). It takes a few keys
-        # at a time, and keeps two sums for each query. For the query 2 of the table above:
+        # It never stores all T · S scores (Dao et al. 2022, arXiv 2205.14135): `backward` computes
+        # them again. It takes a few keys at a time, and keeps two sums for each query. For the
+        # query 2 of the table above:
         #
         #     score    exp(score)    sum of exp · v    sum of exp    result, their quotient
         #       4         54.6            546.0            54.6         10.0
@@ -433,7 +435,7 @@ class FeedForward(nn.Module):
         # gelu(x) is 3.00 for 3, 0.84 for 1, -0.16 for -1, and -0.00 for -3: relu with a smooth bend
         # (Hendrycks and Gimpel 2016, arXiv 1606.08415). It is x · P, where P is the share of random
         # numbers (of the bell curve with mean 0 and deviation 1) that are below x. OpenAI's weights
-        # were trained with it, with P computed approximately, by tanh. So they need it.
+        # were trained with it, with P approximated by a formula with tanh. So they need it.
         return self.dropout(self.shrink(F.gelu(self.expand(x), approximate="tanh")))
 
 
@@ -486,9 +488,10 @@ class LM(nn.Module):
         # Small parameters make small logits, so nearly equal probabilities: the loss starts near
         # ln V. Each block adds two results to its input. A sum of n results of random sign is about
         # √n times as large as one of them; here n is 2 · n_layers. So the layers that make these
-        # results start with numbers smaller by √n, for 12 blocks by √24 = 4.9. Then the sum has
-        # about the size of one result: after 12 blocks 0.3, otherwise 1.5 (measured). LayerNorm
-        # would scale a larger sum down again, but with it the vector of the token, which is in it.
+        # results start with numbers smaller by √n, for 12 blocks by √24 = 4.9. Then the numbers of
+        # the sum after 12 blocks are about 0.3, otherwise 1.5 (measured). The token's own vector,
+        # about 0.03, is a part of this sum. LayerNorm would scale a larger sum down, and with it
+        # this part.
         for name, p in self.named_parameters():
             if name.endswith(("projection.weight", "shrink.weight")):
                 nn.init.normal_(p, std=0.02 / (2 * n_layers) ** 0.5)  # Radford et al. 2019
@@ -498,7 +501,7 @@ class LM(nn.Module):
                 nn.init.zeros_(p)
         self.tie_weights()
         self.config["qkv_bias"] = qkv_bias
-        if not qkv_bias:
+        if not qkv_bias:  # newer models; the layer is the same without its bias
             for block in self.blocks:
                 block.attention.qkv.bias = None
 
@@ -780,8 +783,9 @@ def train(model, tokenizer, optimizers, splits, run):
 def bits_per_character(loss, tokens, tokenizer):
     """Return a loss (nats per token) in bits per character, which compare between tokenizers.
 
-    A bit is ln 2 = 0.69 nats. With 100 tokens of 330 characters and a loss of 4.6 nats, the text
-    costs 460 nats = 664 bits: 2.0 bits per character. (The first token is never predicted.)"""
+    A bit is ln 2 = 0.69 nats. If 100 tokens of 330 characters were predicted with a loss of 4.6
+    nats, they cost 460 nats = 664 bits: 2.0 bits per character. (The first token of a text is never
+    predicted, so its characters do not count.)"""
     n_characters = len(tokenizer.decode(tokens[1:].tolist()))
     return loss * (len(tokens) - 1) / math.log(2) / n_characters
 
@@ -870,8 +874,9 @@ def for_generation(model):
 
     Weights are small (they start near 0.02), far below 65,504. On a CPU, HalfLinear (after the
     lesson) copies those of the layers to float16, beside the parameters in float32: 0.25 GB more.
-    What goes into these layers and comes out is rounded to float16, too; all else stays in float32.
-    On a GPU there is a copy of the model with all its numbers in bfloat16: none is too large.
+    What goes into these layers and comes out is rounded to float16, too (logits are often about
+    -100, which is no problem). All else stays in float32. On a GPU there is a copy of the model
+    with all its numbers in bfloat16, for which none is too large.
 
     Measured on 2 cores of an AMD EPYC: a token takes 31 ms with float32, and 9 ms with float16. Of
     these, 6 ms are for the products. They read the weights at 80% of the speed that the memory
