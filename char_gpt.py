@@ -1124,6 +1124,7 @@ def main(argv=None):
         run["prompt"] = choose_prompt(flags, run)
         run["seed"] = torch.seed() % 2**32 if flags.seed is None else flags.seed
     else:
+        check(os.access(".", os.W_OK), "cannot write into this folder: a run needs a file in it")
         keep_freed_memory()
         remove_leftovers(f"{NAME}-*.*.part")
         run, model, tokenizer, optimizers, splits = prepare(flags, device)

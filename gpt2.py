@@ -1553,6 +1553,7 @@ def main(argv=None):
         run["prompt"] = PROMPT if flags.prompt is None else flags.prompt
         run["seed"] = torch.seed() % 2**32 if flags.seed is None else flags.seed
     else:
+        check(os.access(".", os.W_OK), "cannot write into this folder: a run needs a file in it")
         keep_freed_memory()
         if RANK > 0:
             torch.distributed.barrier()  # rank 0 goes first: it downloads and encodes
@@ -1572,7 +1573,9 @@ def main(argv=None):
             torch.distributed.destroy_process_group()
         if RANK > 0:  # the rest is for rank 0
             return results
-        run, model, tokenizer = load_run(run["path"], device)
+        path = run["path"]
+        del run, model, optimizers  # the file has them all: not twice in memory
+        run, model, tokenizer = load_run(path, device)
         results |= measure(run, model, tokenizer, splits)
     torch.manual_seed(run["seed"])
     return results | {"text": write_sample(model, tokenizer, run["prompt"])}

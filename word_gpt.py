@@ -1673,6 +1673,7 @@ def main(argv=None):
         run["prompt"] = choose_prompt(flags, run, tokenizer)
         run["seed"] = torch.seed() % 2**32 if flags.seed is None else flags.seed
     else:
+        check(os.access(".", os.W_OK), "cannot write into this folder: a run needs a file in it")
         keep_freed_memory()
         remove_leftovers(f"{NAME}-*.*.part")
         run, model, tokenizer, optimizers, splits, documents = prepare(flags, device)

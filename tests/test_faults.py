@@ -371,6 +371,20 @@ def refuse(*args, **more):
     assert script.files() == before
 
 
+def test_a_read_only_folder_is_refused_before_anything_is_done(script):
+    """Root may write everywhere: then the system's answer is replaced."""
+    insert = "os.access = lambda path, mode: path != '.'\n" if os.geteuid() == 0 else ""
+    os.chmod(script.folder, 0o755)
+    path = script.copy(insert + "def prepare(*args):\n    print('it has begun')\n")
+    os.chmod(script.folder, 0o555)
+    try:
+        done = run_child(path, *script.flags)
+    finally:
+        os.chmod(script.folder, 0o755)
+    assert_one_line_error(done, "cannot write into this folder")
+    assert "begun" not in done.stdout
+
+
 def test_the_folder_is_removed(script):
     insert = """
 import shutil
