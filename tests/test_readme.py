@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, TEXT, edited_copy, run_child
+from conftest import ROOT, SCRIPTS, TEXT, edited_copy, load_fresh, run_child
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "tests" / "RESULTS.md").read_text(encoding="utf-8")
+SHARED_BPE = ROOT.parent / "shared" / "data" / "tiktoken"
 # .ci/run runs the two commands that install packages, in a fresh virtual environment. One of them
 # runs these tests.
 INSTALL = r"pip install -r [\w/.]+ && "
@@ -91,3 +92,28 @@ def test_what_the_pages_show_is_there():
             assert (folder / path).exists(), path
     for name in ("char_gpt", "word_gpt", "gpt2"):
         assert f"{name}.py" in README
+
+
+def test_the_table_of_tokenizers():
+    """Its numbers, computed anew."""
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")
+    char, word = load_fresh("char_gpt"), load_fresh("word_gpt")
+    n = len(char.Tokenizer(text).encode(text))
+    rows = [(char.Tokenizer(text).vocab_size, n, len(text) / n)]
+    documents = [word.clean(part) for part in text.split("\n\n")]
+    for min_freq in (1, 5):
+        tokenizer = word.Tokenizer(word.build_vocabulary(documents, min_freq))
+        ids = tokenizer.encode(text)
+        rows.append((tokenizer.vocab_size, len(ids), len(text) / len(ids)))
+    for row in rows:
+        assert "| {:,} | {:,} | {:.1f} |".format(*row) in RESULTS
+    assert f"{ids.count(tokenizer.unk) / len(ids):.1%} are `<unk>`" in RESULTS
+
+
+@pytest.mark.skipif(not SHARED_BPE.exists(), reason=f"no {SHARED_BPE}: GPT-2's vocabulary")
+def test_the_row_of_gpt2(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED_BPE))
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")
+    ids = load_fresh("gpt2").Tokenizer().encode(text)
+    assert f"| 50,257 | {len(ids):,} | {len(text) / len(ids):.1f} |" in RESULTS
+    assert f"Only {len(set(ids)):,} of GPT-2's" in RESULTS
