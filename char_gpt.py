@@ -220,6 +220,11 @@ def get_batch(tokens, batch_size, block_size, device):
 #             probabilities        0.00   0.11   0.82   0.00   0.00   0.06   0.00
 #             The true next character is "e": the loss is -ln 0.82 = 0.20.
 #
+# How head 1 comes to its weights: the query of "b" is (0.39, -0.71). The keys of "t", "o", " " and
+# "b" are (-1.04, -0.01), (1.39, 0.30), (-0.02, -0.28) and (-0.50, 0.90). For "o", the score is
+# (0.39 · 1.39 - 0.71 · 0.30) / √2 = 0.23. All four are -0.28, 0.23, 0.14 and -0.59, and softmax
+# makes the weights of them. So "b" takes most from the "o", whose key fits its query best.
+#
 # These are 312 parameters. With the constants of a CPU above there are 824,832: 8,320 for tokens,
 # 16,384 for positions, 4 times 197,888 in blocks, 256 in ln_f and 8,320 in lm_head.
 
@@ -269,7 +274,8 @@ class MultiHead(nn.Module):
     """H heads side by side, each with its own q, k and v (Vaswani et al. 2017, section 3.2.2).
 
     One head gives each position one average. H heads give H averages, of C / H numbers each: one
-    head can look at the last few tokens, while another looks for a name further back."""
+    head can look at the last few tokens, while another looks for a name further back. (They begin
+    with different random numbers, so they learn different things.)"""
 
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -367,7 +373,7 @@ class LM(nn.Module):
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = nn.Linear(n_embed, vocab_size, bias=False)  # no bias, as in GPT-2
         # Small parameters make small logits, so nearly equal probabilities: the loss starts near
-        # ln V. It starts just above: if one of two tokens gets 0.6 rather than 0.5, the loss is
+        # ln V. It starts just above (4.18): if one of two tokens gets 0.6 and not 0.5, the loss is
         # 0.51 when it comes, but 0.92 when the other comes, and the mean 0.71 is above ln 2 = 0.69.
         # With the larger numbers that nn.Linear begins with, it would start at 4.3.
         nn.init.normal_(self.lm_head.weight, std=0.02)  # random, deviation 0.02, as in GPT-2
@@ -383,8 +389,8 @@ class LM(nn.Module):
         # They are twice as fast if the hardware has them: has_bfloat16, at the end of this file,
         # says so. All else stays in float32, numbers of 32 bits with 7 exact digits.
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=has_bfloat16(idx.device)):
-            # An average does not depend on the order of its terms: attention in the first block
-            # would make the same of "ab" and "ba". So each position adds a vector of its own.
+            # An average does not depend on the order of its terms: in the first block, the c of
+            # "abc" would collect the same as that of "bac". So each position adds its own vector.
             # (B, T, C) + (T, C) -> (B, T, C)
             x = self.token_embedding(idx) + self.position_embedding.weight[:T]
             x = self.ln_f(self.blocks(self.dropout(x)))
@@ -580,7 +586,7 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 
 # Try this, one edit at a time, with --max-iters 400, and compare with --runs. Unedited, the loss on
 # the validation text is 1.73, and with --seed 1 it is 1.75: a difference of 0.02 means nothing.
-# - N_LAYERS = 1: 1.89. A second block can use what the first one has found.
+# - N_LAYERS = 1: 1.89. The later ones of four blocks can use what the earlier ones have found.
 # - N_HEADS = 1: 1.73. A surprise: at this size, one head of 128 channels is as good as four of 32.
 # - Delete "+ mask" in Head: 0.02. The model sees the answer, and has learned to copy it. Generation
 #   has no answer to copy, and writes "ROMEO:ORERER:R:RROOREREEREREE".
@@ -601,7 +607,7 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 # d = (3, 0), its rows are (3, 0) and (3, 0): it turns (1, 1), the direction of x, into (6, 0), and
 # (1, -1) into (0, 0). The gradient is the sum of these matrices: ten positions with this x and this
 # d make the factor ten times as large. So it is large for a direction that many inputs have, and
-# small for a rare one. Three optimizers make different steps of the gradient above:
+# small for a rare one. Three optimizers make different steps of the first gradient above:
 #
 #                plain gradient     AdamW, first step     Muon
 #                5.5  4.5           1  1                  0.7  0.0
@@ -655,7 +661,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrix):
     """Return the matrix with its factors (singular values) about equal, 0.7 to 1.2.
 
-    (But a factor of 0 stays 0, and one below 1/100 of the largest stays smaller than the others.)
+    (But a factor of 0 stays 0, and one below 1/100 of the norm stays smaller than the others.)
 
     >>> result = orthogonalize(torch.tensor([[5.5, 4.5], [4.5, 5.5]]))
     >>> result.mul(10).round().abs().tolist()  # abs makes 0 of -0

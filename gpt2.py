@@ -385,7 +385,8 @@ class MultiHead(nn.Module):
     """H heads side by side, each with its own q, k and v (Vaswani et al. 2017, section 3.2.2).
 
     One head gives each position one average. H heads give H averages, of C / H numbers each: one
-    head can look at the last few tokens, while another looks for a name further back."""
+    head can look at the last few tokens, while another looks for a name further back. (They begin
+    with different random numbers, so they learn different things.)"""
 
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -532,8 +533,8 @@ class LM(nn.Module):
         # It converts the weights in each call: for a single token, this takes longer than it saves.
         enabled = has_bfloat16(idx.device) and not caches
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=enabled):
-            # An average does not depend on the order of its terms: attention in the first block
-            # would make the same of "ab" and "ba". So each position adds a vector of its own.
+            # An average does not depend on the order of its terms: in the first block, the c of
+            # "abc" would collect the same as that of "bac". So each position adds its own vector.
             # (B, T, C) + (T, C) -> (B, T, C)
             x = self.token_embedding(idx) + self.position_embedding.weight[past:end]
             x = self.dropout(x)

@@ -392,7 +392,8 @@ class MultiHead(nn.Module):
     """H heads side by side, each with its own q, k and v (Vaswani et al. 2017, section 3.2.2).
 
     One head gives each position one average. H heads give H averages, of C / H numbers each: one
-    head can look at the last few tokens, while another looks for a name further back."""
+    head can look at the last few tokens, while another looks for a name further back. (They begin
+    with different random numbers, so they learn different things.)"""
 
     def __init__(self, n_embed, n_heads, dropout):
         super().__init__()
@@ -613,8 +614,8 @@ class LM(nn.Module):
         # They are twice as fast if the hardware has them: has_bfloat16, at the end of this file,
         # says so. All else stays in float32, numbers of 32 bits with 7 exact digits.
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=has_bfloat16(idx.device)):
-            # An average does not depend on the order of its terms: attention in the first block
-            # would make the same of "ab" and "ba". So each position adds a vector of its own.
+            # An average does not depend on the order of its terms: in the first block, the c of
+            # "abc" would collect the same as that of "bac". So each position adds its own vector.
             # (B, T, C) + (T, C) -> (B, T, C)
             x = self.lm_head.embed(idx) + self.position_embedding.weight[:T]
             return self.ln_f(self.blocks(self.dropout(x)))
@@ -961,7 +962,7 @@ def attention_weights(model, ids):
 # d = (3, 0), its rows are (3, 0) and (3, 0): it turns (1, 1), the direction of x, into (6, 0), and
 # (1, -1) into (0, 0). The gradient is the sum of these matrices: ten positions with this x and this
 # d make the factor ten times as large. So it is large for a direction that many inputs have, and
-# small for a rare one. Three optimizers make different steps of the gradient above:
+# small for a rare one. Three optimizers make different steps of the first gradient above:
 #
 #                plain gradient     AdamW, first step     Muon
 #                5.5  4.5           1  1                  0.7  0.0
@@ -1015,7 +1016,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrix):
     """Return the matrix with its factors (singular values) about equal, 0.7 to 1.2.
 
-    (But a factor of 0 stays 0, and one below 1/100 of the largest stays smaller than the others.)
+    (But a factor of 0 stays 0, and one below 1/100 of the norm stays smaller than the others.)
 
     >>> result = orthogonalize(torch.tensor([[5.5, 4.5], [4.5, 5.5]]))
     >>> result.mul(10).round().abs().tolist()  # abs makes 0 of -0

@@ -358,6 +358,14 @@ def test_the_example_that_goes_through_the_model(gpt):
         assert numbers == pytest.approx(row.tolist(), abs=0.02), numbers
     assert f"-ln {shown[-1][2]:.2f} = {-logits.log_softmax(-1)[2]:.2f}" in example
     assert tokenizer.vocabulary == " benort"
+    q, k, _ = block.attention.qkv(block.ln1(x)).detach().chunk(3, dim=-1)
+    words = re.search(r"query of .*?best", example.replace("\n#", ""), re.S)[0]
+    told = [float(number) for number in re.findall(r"-?\d+\.\d\d", words)]
+    query, keys = q[0, -1, :2], k[0, :, :2]  # of head 1
+    scores = keys @ query / math.sqrt(2)
+    product = [query[0], keys[1, 0], -query[1], keys[1, 1], scores[1]]
+    numbers = [*query, *keys.flatten(), *product, *scores]
+    assert told == pytest.approx([float(number) for number in numbers], abs=0.02)
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model, block)]
     assert f"{sizes[0]} parameters" in example and sizes[1] == 68 + 148 + 2 * 8
     large = gpt.LM(65, 128, 128, 4, 4, 0.0)
