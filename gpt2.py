@@ -1,11 +1,12 @@
 """GPT-2 in one file: it takes OpenAI's weights, or random ones, and trains them on any text.
 
 Read char_gpt.py first. Most of it stands here again, so that this file can be used alone. In 2019,
-OpenAI trained GPT-2 on 40 GB of text from the web. Fine-tuning trains these weights further, on a
-small text of another kind. It needs few steps: they know English already. What is new, in order:
+OpenAI trained GPT-2 on 40 GB of text from the web. What it learned are its parameters; in this file
+they are called weights, too. Fine-tuning trains these weights further, on a small text of another
+kind. It needs few steps: they know English already. What is new, in order:
 - Tokenizer: tokens are pieces of words (byte pairs). input.txt has 338,025 of them, each of 3.3
-  characters on average. So 1,024 tokens of context are 3.3 times as much text as 1,024 characters.
-- load_tokens: the text is encoded once, into a file, and read where it is used.
+  characters on average. So 1,024 tokens of a window are 3.3 times as much text as 1,024 characters.
+- load_tokens: the text is encoded once, into a file; only the parts that are used are read.
 - Head: the same attention, in one function of PyTorch that never stores all scores
 - Cache: the keys and values of earlier tokens are kept (KV cache), so generation computes new ones
 - FeedForward: gelu in place of relu. LM: the output layer is the table of token embeddings.
@@ -14,8 +15,8 @@ small text of another kind. It needs few steps: they know English already. What 
   the number of tokens. A step of 1,024 tokens would be three times the work of one with AdamW. (In
   char_gpt.py, it adds 12%. By arithmetic, it would add 6% to a step of 32,768 tokens on a GPU. We
   had no GPU to try it, and keep one recipe.)
-- train_step: the gradients of several small batches are added up (gradient accumulation)
 - join_processes: several processes, each with a GPU, share a step
+- train_step: the gradients of several small batches are added up (gradient accumulation)
 - bits_per_character: what compares with char_gpt.py, whose tokens are shorter
 - for_generation: weights of 16 bits. stream: a character can have several tokens.
 
@@ -33,20 +34,21 @@ weights (548 MB, fetched once) were not at hand, so no loss of fine-tuning is gi
 file has 2.0 GB: the last parameters and the best ones, 0.5 GB each, and AdamW's averages, 1 GB.
 Saving needs twice the space for a moment.
 
-A GPU needs about 5.2 GB, by arithmetic. Parameters, gradients, AdamW's averages and the best
-parameters are five times 0.5 GB, a copy in bfloat16 0.25 GB. Each of the BATCH_SIZE = 2 windows of
-1,024 tokens adds 0.55 GB for the blocks (58 bytes for each of 12 · 768 · 1,024 numbers), and 0.7 GB
-for 1,024 · 50,257 logits: 0.1 GB for them in bfloat16, and three times 0.2 GB for them in float32,
-their softmax, and their gradient.
+A GPU needs about 5 GB, by arithmetic. Parameters, gradients, AdamW's averages and the best
+parameters are five times 0.5 GB, a copy of the parameters in bfloat16 (see LM.forward) 0.25 GB.
+Each of the BATCH_SIZE = 2 windows of 1,024 tokens adds 0.38 GB for what `backward` needs of the
+blocks: 40 bytes for each of 12 · 768 · 1,024 numbers (14 results of 2 bytes, two sums of 4 bytes,
+two masks of dropout). It adds 0.7 GB for 1,024 · 50,257 logits: 0.1 GB for them in bfloat16, and
+three times 0.2 GB for them in float32, their softmax, and their gradient.
 
 On a CPU, a run that was stopped and resumed ends with the same bits as an unbroken one of as many
-steps. On a GPU, it does not quite: attention adds up its gradients in an order that varies, and
-each sum is rounded.
+steps. On a GPU, it does not quite: many processors add up the gradients of attention, in an order
+that varies, and each sum is rounded.
 
-Three lengths. First, the model can see BLOCK_SIZE = 1,024 tokens. Second, training uses windows of
-WINDOW tokens, on a CPU 256, as long ones take longer. From scratch, positions beyond WINDOW would
-stay random, so there the model can see WINDOW tokens only. Third, evaluations use all that it can
-see. So after fine-tuning on a CPU, the estimated loss is of longer windows than that of a step.
+Two lengths. The model can see BLOCK_SIZE = 1,024 tokens; evaluations and generation use all of
+them. Training uses windows of WINDOW tokens, on a CPU 256, as long ones take longer. So when we
+fine-tune on a CPU, the estimated loss is of longer windows than the loss of a step. (From scratch,
+positions beyond WINDOW would stay random. So there the model can see WINDOW tokens only.)
 
 PyTorch supplies tensors (arrays of numbers), and more that is explained below. Letters of shapes:
     B   batch: pieces of text processed in parallel   H   heads per block
@@ -142,8 +144,8 @@ HALF_WEIGHTS = True  # write with 16 bits per weight: faster, and precise to 3 d
 WEIGHTS_URL = "https://huggingface.co/openai-community/{}/resolve/{}/model.safetensors"
 REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # of gpt2
 WEIGHTS_SHA256 = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
-# Processes that torchrun has started (see join_processes): how many, and which is this, from 0. It
-# tells them so in these variables.
+# torchrun starts several processes (see join_processes), and sets environment variables in each:
+# how many processes there are, and the number of this one, from 0.
 N_RANKS = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 RANK = int(os.environ["RANK"]) if N_RANKS > 1 else 0
 # Where the tensors are: the fastest device that is there
@@ -168,13 +170,13 @@ class Tokenizer:
     1508.07909): count all pairs of neighbours, make one token of the most frequent pair, put it
     everywhere, and count again, 50,000 times. Three such merges, for "the thin the then":
 
-        t·h·e  t·h·i·n  t·h·e  t·h·e·n  t+h 4 times, h+e 3, space+t 3, i+n 1, ...: th gets id 256
-        th·e  th·i·n  th·e  th·e·n      th+e 3, space+th 3 (either will do), ...: the gets id 257
-        the  th·i·n  the  the·n         space+the 2, the+n 1, ...: " the" gets id 258
+        t·h·e ␣·t·h·i·n ␣·t·h·e ␣·t·h·e·n    t+h 4 times, h+e 3, ␣+t 3, ...: th gets id 256
+        th·e ␣·th·i·n ␣·th·e ␣·th·e·n        th+e 3, ␣+th 3 (we take the first): the gets id 257
+        the ␣·th·i·n ␣·the ␣·the·n           ␣+the 2, the+n 1, ...: ␣the gets id 258
 
-    A frequent word ends as one token, a rare word stays in several. Encoding makes the same merges
-    in the same order. In " thin", only t+h is one, so it has four tokens. Here, the id of a byte is
-    the byte: space 32, i 105, n 110. (GPT-2 numbers its 256 bytes in another order.)
+    (␣ is a space.) A frequent word ends as one token, a rare word stays in several. Encoding makes
+    the same merges in the same order. In ␣thin, only t+h is one: it has four tokens. Here, the id
+    of a byte is the byte: space 32, i 105, n 110. (GPT-2 numbers its 256 bytes in another order.)
 
     >>> ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" the": 258}
     >>> options = {"mergeable_ranks": ranks, "special_tokens": {}}
@@ -185,8 +187,8 @@ class Tokenizer:
     a border. Otherwise "dog.", "dog!" and "dog?" would each use up a token. A space belongs to the
     word after it. With GPT-2's own merges, a sentence becomes 14 tokens:
 
-        To   be  ,  or  not  to  be  :  unquestion ably  Ham  let  's  .
-        2514 307 11 393 407  284 307 25 38766      1346  4345 1616 338 13
+        To   ␣be ,  ␣or ␣not ␣to ␣be :  ␣unquestion ably ␣Ham let  's  .
+        2514 307 11 393 407  284 307 25 38766       1346 4345 1616 338 13
 
     The last id, 50256, is <|endoftext|>. It separates documents; one can write it into a text."""
 
@@ -262,10 +264,11 @@ def get_batch(tokens, batch_size, block_size, device):
 # --- 3. Model -------------------------------------------------------------------------------------
 # The bricks, all from PyTorch:
 # - A layer, nn.Linear(n, m), turns a vector x of n numbers into one of m numbers: y = x W + b. The
-#   matrix W (n × m numbers) and the bias b (m numbers) are parameters: they start random, between
-#   -1/√n and 1/√n, and training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1),
-#   and b = (10, 20): y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22). PyTorch stores W with
-#   rows and columns exchanged, as `weight`, (m, n). A tensor (B, T, n) becomes (B, T, m).
+#   matrix W (n × m numbers) and the bias b (m numbers) are parameters. They start random, between
+#   -1/√n and 1/√n (LM, below, starts some otherwise), and training changes them. For x = (1, 2), W
+#   with the rows (3, 0) and (1, 1), and b = (10, 20): y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20),
+#   which is (15, 22). PyTorch stores W with rows and columns exchanged, as `weight`, (m, n). A
+#   tensor (B, T, n) becomes (B, T, m).
 # - nn.Embedding(n, m) is a table of n rows with m numbers each. They are parameters, too. For the
 #   number i, it returns row i.
 # - A module is an object that holds layers and other modules. The classes below are modules. One
@@ -418,8 +421,8 @@ class FeedForward(nn.Module):
 
     Attention averages what there is; this computes something new from it. Each of the 4 C numbers
     between the two layers detects one pattern: it is x · (a column of W) + b, above 0 if x points
-    enough like this column. relu (in gpt2.py gelu, which is almost the same) keeps that, and turns
-    the rest into 0. (The paper took 4 C, and so do we.)
+    enough like this column. relu, which is max(0, number), keeps that, and turns the rest into 0.
+    (gpt2.py has gelu, which is almost the same.) The paper took 4 C, and so do we.
 
     In training, dropout sets a random part of the numbers to 0. With a part of 0.2, it multiplies
     the others by 1 / 0.8, so that sums keep their size. The model cannot rely on single numbers:
@@ -443,10 +446,11 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then feed-forward. The result of each is added to its input.
 
-    These sums are residual connections (He et al. 2015, arXiv 1512.03385). The derivative of
-    x + f(x) is 1 + f'(x), for a single number x. The chain rule multiplies the derivatives of all
-    blocks: thanks to the 1, the gradient reaches the first block. Products of small f' alone would
-    make it vanish: with 0.1 in each of 4 blocks, 0.0001 of it would be left.
+    These sums are residual connections (He et al. 2015, arXiv 1512.03385). Let f be one of the two,
+    with its LayerNorm. For a single number x, the derivative of x + f(x) is 1 + f'(x). The chain
+    rule multiplies all derivatives: thanks to the 1, the gradient reaches the first block. Products
+    of small f' alone would make it vanish. With f' = 0.1 in 4 of them, 0.1⁴ = 0.0001 of it would be
+    left; with the sums, it is 1.1⁴ = 1.46.
 
     LayerNorm shifts and scales the C numbers of each position to mean 0 and standard deviation 1
     (the mean of their squares is 1). For example, 1 3 1 3 and 10 30 10 30 both become -1 1 -1 1.
@@ -483,16 +487,17 @@ class LM(nn.Module):
         self.position_embedding = nn.Embedding(block_size, n_embed)  # one row per position
         self.dropout = nn.Dropout(dropout)
         blocks = [Block(n_embed, n_heads, dropout) for _ in range(n_layers)]
-        self.blocks = nn.Sequential(*blocks)  # calls one after the other
+        self.blocks = nn.Sequential(*blocks)  # a list of modules
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = nn.Linear(n_embed, vocab_size, bias=False)  # no bias, as in GPT-2
         # Small parameters make small logits, so nearly equal probabilities: the loss starts near
-        # ln V. Each block adds two results to its input. A sum of n results of random sign is about
-        # √n times as large as one of them; here n is 2 · n_layers. So the layers that make these
-        # results start with numbers smaller by √n, for 12 blocks by √24 = 4.9. Then the numbers of
-        # the sum after 12 blocks are about 0.3, otherwise 1.5 (measured). The token's own vector,
-        # about 0.03, is a part of this sum. LayerNorm would scale a larger sum down, and with it
-        # this part.
+        # ln V. So all matrices and biases start anew, smaller than those of nn.Linear.
+        # Some start smaller still. Each block adds two results to its input. A sum of n results of
+        # random sign is about √n times as large as one of them; here n is 2 · n_layers. So in the
+        # layers that make these results, the numbers are divided by √n, for 12 blocks by √24 = 4.9.
+        # Then the numbers of the sum after 12 blocks are about 0.3, otherwise 1.5 (measured). The
+        # vectors of token and position, together about 0.03, are a part of this sum: a tenth, or a
+        # fiftieth. If it is too small, the last layers hardly see which token they read.
         for name, p in self.named_parameters():
             if name.endswith(("projection.weight", "shrink.weight")):
                 nn.init.normal_(p, std=0.02 / (2 * n_layers) ** 0.5)  # Radford et al. 2019
@@ -534,7 +539,8 @@ class LM(nn.Module):
         enabled = has_bfloat16(idx.device) and not caches
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=enabled):
             # An average does not depend on the order of its terms: in the first block, the c of
-            # "abc" would collect the same as that of "bac". So each position adds its own vector.
+            # "abc" would collect the same as that of "bac". (Later blocks could tell a little: the
+            # b of "abc" has seen an a.) So each position adds its own vector.
             # (B, T, C) + (T, C) -> (B, T, C)
             x = self.token_embedding(idx) + self.position_embedding.weight[past:end]
             x = self.dropout(x)
@@ -552,17 +558,7 @@ def openai_name(name):
 
     >>> openai_name("blocks.3.feed_forward.shrink.weight")
     'h.3.mlp.c_proj.weight'
-
-    So a run can go into Hugging Face's transformers, if it has QKV_BIAS (a test runs these lines):
-
-        run, model, tokenizer = gpt2.load_run("gpt2-1.pt", "cpu")
-        sizes = {"n_embd": model.config["n_embed"], "n_layer": model.config["n_layers"]}
-        sizes |= {"n_head": model.config["n_heads"], "n_positions": model.config["block_size"]}
-        config = transformers.GPT2Config(vocab_size=model.config["vocab_size"], **sizes)
-        theirs = transformers.GPT2LMHeadModel(config).eval()
-        weights = {gpt2.openai_name(name): p for name, p in model.named_parameters()}
-        turned = {n: p.T if gpt2.is_turned(n, p) else p for n, p in weights.items()}
-        theirs.transformer.load_state_dict(turned)"""
+    """
     pairs = {
         "token_embedding": "wte",
         "position_embedding": "wpe",
@@ -596,13 +592,13 @@ def load_pretrained(path, **sizes):
     for name, tensor in read_safetensors(path):
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
-            continue  # the mask, and the embedding once more: no parameters
+            continue  # OpenAI's mask is called bias; the output layer is the embedding once more
         check(name in missing, f"{path} has {name}, this model has not: MODEL, QKV_BIAS, {sizes}")
         p = missing.pop(name)
         tensor = tensor.T if is_turned(name, tensor) else tensor
         check(tensor.shape == p.shape, f"{path}: {name} does not fit: MODEL, VOCAB_SIZE, {sizes}")
-        p.data.copy_(tensor)  # numbers of 16 bits become float32
-    check(not missing, f"{path} lacks {', '.join(missing):.99}: is it one of several parts?")
+        p.data.copy_(tensor)  # if a file has numbers of 16 bits, they become float32
+    check(not missing, f"{path} lacks {', '.join(missing):.99}: are its weights in several files?")
     return model
 
 
@@ -644,14 +640,16 @@ def make_optimizers(model):
     (1 - beta) · new value. With beta = 0.9, an old value loses a tenth of its weight in each step,
     so about the last 10 count. (The averages start at 0. After n steps, AdamW divides them by
     1 - beta^n: after one step, the average is then g itself.) The parameter is moved by
-    -rate · mean(g) / (√mean(g²) + 10⁻⁸). If g is always 0.001, the quotient is 0.001 / 0.001 = 1.
-    If g is always 100, it is 1 as well: where g keeps its sign, all parameters learn at the same
-    speed. If g is 1 and -1 in turn, mean(g) is about 0, and the parameter stays.
+    -rate · mean(g) / (√mean(g²) + 10⁻⁸). (10⁻⁸ prevents a division by 0.) If g is always 0.001, the
+    quotient is 0.001 / 0.001 = 1. If g is always 0.1, it is 1 as well: where g hardly changes, all
+    parameters learn at the same speed. If g is 1 and -1 in turn, mean(g) is about 0, and the
+    parameter stays.
 
     Before that, matrices (those of nn.Embedding as well) are multiplied by 1 - rate · WEIGHT_DECAY.
-    A small matrix turns a small difference of two inputs into a small difference of its results. To
-    know single sentences by heart, a model must react to small differences. (This is a reason, no
-    proof: that it helps is measured. Biases and LayerNorms only shift and scale: no decay.)"""
+    A matrix of small numbers turns a small difference of two inputs into a small difference of its
+    results. To know single sentences by heart, a model must react to small differences. (This is a
+    reason, no proof. That it helps was measured with char_gpt.py. Biases and LayerNorms only shift
+    and scale: no decay.)"""
     params = list(model.parameters())
     decay = {"params": [p for p in params if p.dim() == 2], "weight_decay": WEIGHT_DECAY}
     no_decay = {"params": [p for p in params if p.dim() != 2], "weight_decay": 0.0}
@@ -683,10 +681,10 @@ def join_processes(device):
     `torchrun --nproc_per_node=2 gpt2.py` starts the script twice. It tells each process how many
     there are, N_RANKS, and its own number, RANK. Each has the whole model. They draw the same
     windows, and each takes its share: with two, every second one. When each has the gradient of its
-    share, all replace it by the mean: of 3 and 5, both get 4. (all_reduce gives each 8.) They
-    began with the same parameters and make the same step, so their parameters stay equal. Their
-    dropout draws different numbers. Only rank 0 prints, evaluates and writes files; the others
-    wait for it, when they next share a gradient."""
+    share, all replace it by the mean: of 3 and 5, both get 4. They began with the same parameters
+    and make the same step, so their parameters stay equal. Their dropout draws different numbers.
+    Only rank 0 prints, evaluates and writes files; the others wait for it, when they next share a
+    gradient."""
     if N_RANKS == 1:
         return device
     if device.type == "cuda":  # each process has a GPU of its own
@@ -713,9 +711,10 @@ def train_step(model, optimizers, x, y, lr):
     small for all windows of a step. So BATCH_SIZE of them at a time go through the model: on a CPU,
     TOKENS_PER_STEP / (BATCH_SIZE · WINDOW) = 1024 / (2 · 256) = 2 batches. The gradient of a mean
     is the mean of the gradients. If those of the two batches are 3 and 5, that of all windows is 4.
-    But `backward` adds: 3 + 5 = 8, and a plain step would be twice as long. (AdamW would not mind a
-    factor that is always the same. But GRADIENT_CLIP would cut at half the length.) So each loss is
-    first multiplied by its share, 1/2: 1.5 + 2.5 = 4. This is gradient accumulation."""
+    But `backward` adds: 3 + 5 = 8, and a plain step would be twice as long. (AdamW divides by the
+    size of the gradients, so a constant factor changes nothing. But GRADIENT_CLIP = 1 would cut a
+    gradient whose true length is 0.6, as it would seem to have 1.2.) So each loss is first
+    multiplied by its share, 1/2: 1.5 + 2.5 = 4. This is gradient accumulation."""
     model.train()  # switches dropout on
     loss = 0.0
     size = int(BATCH_SIZE)
@@ -730,8 +729,8 @@ def train_step(model, optimizers, x, y, lr):
             average(tensor)
     if GRADIENT_CLIP is not None:
         # The gradient is one long vector. If it is longer than GRADIENT_CLIP, it is scaled down to
-        # this length. A single long one would rule AdamW's averages: for 10 steps the direction,
-        # and for 20 steps √mean(g²), so that all these steps would be too small.
+        # this length. Otherwise, a single long one would rule AdamW's averages: mean(g) for about
+        # 10 steps, √mean(g²) for about 20. So steps 10 to 20 after it would be too small.
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -752,7 +751,7 @@ def train(model, tokenizer, optimizers, splits, run):
 
     Functions after the lesson print and save: evaluate, save_step, show_progress. After the last
     step, or Ctrl-C, main reads the best parameters from the file, measures them and continues the
-    PROMPT. UserError: a loss is not finite."""
+    PROMPT. At Ctrl-C, the steps since the last save are lost. UserError: a loss is not finite."""
     device = next(model.parameters()).device
     peak = LEARNING_RATE if run["init"] == "pretrained" else SCRATCH_LEARNING_RATE
     compiled = compile_model(model) if COMPILE else model  # the same parameters, faster steps
@@ -766,7 +765,7 @@ def train(model, tokenizer, optimizers, splits, run):
                     save_step(run, step, model, optimizers, time.perf_counter() - start)
             if step == run["max_iters"]:
                 break  # this round was for the last evaluation
-            # The same step draws the same random numbers, in a run that was resumed as well.
+            # The same step draws the same random numbers, also in a run that was resumed.
             torch.manual_seed(run["seed"] * 1_000_000 + step)
             x, y = get_batch(splits["train"], TOKENS_PER_STEP // WINDOW, WINDOW, device)
             if N_RANKS > 1:  # all have drawn the same windows: each takes its own share
@@ -775,14 +774,14 @@ def train(model, tokenizer, optimizers, splits, run):
                 torch.manual_seed(seeds[RANK].item())  # for dropout: each draws its own numbers
             loss = train_step(compiled, optimizers, x, y, get_lr(step, run["max_iters"], peak))
             show_progress(run, step, loss, time.perf_counter() - start)
-    except KeyboardInterrupt:  # Ctrl-C: main goes on with what was saved last
+    except KeyboardInterrupt:  # Ctrl-C: main goes on with the file
         if run["path"] is None or N_RANKS > 1:
             raise
         print(f"\nstopped at step {step}: going on with what is in {run['path']}", flush=True)
 
 
 def bits_per_character(loss, tokens, tokenizer):
-    """Return a loss (nats per token) in bits per character, which compare between tokenizers.
+    """Return a loss (nats per token) in bits per character: these compare, whatever the tokenizer.
 
     A bit is ln 2 = 0.69 nats. If 100 tokens of 330 characters were predicted with a loss of 4.6
     nats, they cost 460 nats = 664 bits: 2.0 bits per character. (The first token of a text is never
@@ -829,12 +828,12 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
-    """Yield new token ids that continue the list `ids`. The model sees at most the last T tokens.
+    """Yield new token ids that continue the list `ids`. The model sees at most BLOCK_SIZE of them.
 
     The caches keep the keys and values of the tokens so far, so only new ones go through the model.
-    The table of positions has T rows, so there is none for token T + 1. Then the older half is
+    The table of positions has 1,024 rows, so there is none for token 1,025. Then the older half is
     dropped. The others move to positions 0, 1, ..., so their keys and values are computed again,
-    and there is room for T / 2 more. To drop one token each time would compute all each time.
+    and there is room for 512 more. To drop one token each time would compute all each time.
 
     <|endoftext|> ends a document, so it is the last token. What the model would write after it
     belongs to another document."""
@@ -847,7 +846,7 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     caches = [Cache(model.block_size) for _ in model.blocks]
     for _ in range(max_new_tokens):
         idx = torch.tensor([new], device=device)
-        logits, _ = model(idx, caches=caches)  # (1, T) -> (1, 1, V); then T is 1
+        logits, _ = model(idx, caches=caches)  # (1, T) -> (1, 1, V): first the prompt, then T = 1
         logits[..., Tokenizer.vocab_size :] = -math.inf  # ids of a larger VOCAB_SIZE are no tokens
         probabilities = next_token_probabilities(logits[0, -1], temperature, top_k, top_p)
         ids.append(torch.multinomial(probabilities, 1).item())  # draws one id
@@ -875,9 +874,10 @@ def for_generation(model):
 
     Weights are small (they start near 0.02), far below 65,504. On a CPU, HalfLinear (after the
     lesson) copies those of the layers to float16, beside the parameters in float32: 0.25 GB more.
-    What goes into these layers and comes out is rounded to float16, too (logits are often about
-    -100, which is no problem). All else stays in float32. On a GPU there is a copy of the model
-    with all its numbers in bfloat16, for which none is too large.
+    What goes into these layers and comes out is rounded to float16, too. (Logits may be about -100.
+    There, float16 has steps of 1/16, so a probability can be off by 3%.) All else stays in float32.
+    On a GPU there is a copy of the model with all its numbers in bfloat16, for which none is too
+    large.
 
     Measured on 2 cores of an AMD EPYC: a token takes 31 ms with float32, and 9 ms with float16. Of
     these, 6 ms are for the products. They read the weights at 80% of the speed that the memory
@@ -908,20 +908,31 @@ def stream(tokenizer, tokens):
 #   token gets new caches, which help none: 13 tokens/s.
 # - N_EMBED, N_LAYERS, N_HEADS = 128, 4, 4, and `python gpt2.py --init scratch`: after 100 steps (40
 #   seconds), the loss is 6.72. With --seed 1 it is 6.65: smaller differences than 0.1 mean nothing.
-#   SCRATCH_LEARNING_RATE = 6e-3 gives 6.42: when there are few steps, long ones
-#   are better.
+#   SCRATCH_LEARNING_RATE = 6e-3 gives 6.42: when there are few steps, long ones are better.
 # - The same without the line `self.tie_weights()` in LM: 6.75, no difference, with 13.7 million
-#   parameters in place of 7.3. A table for reading and one for predicting are no better than one.
-# 6.72 nats are 3.14 bits per character (in the validation part, a token has 3.08 characters). This
-# model has read a third of the text. One of 256 channels that reads it 13 times, in 24 minutes,
-# comes to 4.69 nats, 2.19 bits (scratch-small in tests/RESULTS.md). char_gpt.py reaches 2.14 with
-# less: for a text of 338,025 tokens, a table of 50,257 is large. 38,551 of them never come in it.
+#   parameters in place of 7.3. After 100 steps, a table of its own for predicting gains nothing.
+# At first, the loss is near ln 50,257 = 10.82. 6.72 nats are 3.14 bits per character (in the
+# validation part, a token has 3.085 characters). This model has read a third of the text. One of
+# 256 channels that reads it 13 times, in 24 minutes, comes to 4.69 nats, 2.19 bits (scratch-small
+# in tests/RESULTS.md). char_gpt.py reaches 2.14 bits in 2 minutes: for a text of 338,025 tokens, a
+# table of 50,257 is large. 38,551 of them never come in it.
 
 
 # --- The lesson ends here. What follows: files, flags and errors. ---------------------------------
 # --- 6. Runs and other files ----------------------------------------------------------------------
 # A run is a dict, and the file that holds it: NAME-1.pt, the next one NAME-2.pt. It has all that is
 # needed to generate, to train further and to compare. No run overwrites the file of another one.
+#
+# With QKV_BIAS, a run can go into Hugging Face's transformers. A test runs these lines:
+#
+#     run, model, tokenizer = gpt2.load_run("gpt2-1.pt", "cpu")
+#     sizes = {"n_embd": model.config["n_embed"], "n_layer": model.config["n_layers"]}
+#     sizes |= {"n_head": model.config["n_heads"], "n_positions": model.config["block_size"]}
+#     config = transformers.GPT2Config(vocab_size=model.config["vocab_size"], **sizes)
+#     theirs = transformers.GPT2LMHeadModel(config).eval()
+#     weights = {gpt2.openai_name(name): p for name, p in model.named_parameters()}
+#     turned = {n: p.T if gpt2.is_turned(n, p) else p for n, p in weights.items()}
+#     theirs.transformer.load_state_dict(turned)
 
 
 def find_runs():
@@ -1057,7 +1068,7 @@ def name_text(run, path, tokens, cut):
 
 def save_step(run, step, model, optimizers, seconds):
     """Write the run with what it has reached in a step."""
-    weights = model.state_dict()  # torch.compile adds a prefix
+    weights = model.state_dict()  # who compiles the model by hand gets names with a prefix
     weights = {name.removeprefix("_orig_mod."): p for name, p in weights.items()}
     run |= {"step": step, "seconds": seconds, "val_loss": None, "last": weights}
     run["optimizers"] = [optimizer.state_dict()["state"] for optimizer in optimizers]
@@ -1196,6 +1207,8 @@ def find_data(path):
 def download(url, path, digest):
     """Fetch a file whose SHA-256 is `digest`. What an earlier try has left in PATH.part is used.
 
+    The SHA-256 is a number of 256 bits that is computed from all bytes of a file. If one byte is
+    missing or other, it is another number. So a broken or exchanged file is never used.
     UserError: it cannot be fetched; the message tells where to put a copy by hand."""
     part = Path(f"{path}.part")
     print(f"downloading {url}", flush=True)
@@ -1343,7 +1356,7 @@ def compile_model(model):
 
 def with_half_layers(model):
     """Return a copy of a model on a CPU whose layers have weights of 16 bits."""
-    # deepcopy does not copy what this dict has: all parameters are those of the model.
+    # The second argument of deepcopy tells it what need not be copied: the parameters.
     quick = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for module in list(quick.modules()):
         for name, child in module.named_children():
@@ -1355,8 +1368,7 @@ def with_half_layers(model):
 class HalfLinear(nn.Module):
     """A layer nn.Linear that has a copy of its matrix in float16, and uses it for single tokens.
 
-    Its results are rounded to float16 as well. Logits of GPT-2 are often about -100, where float16
-    has steps of 1/16: a probability can be off by 3%."""
+    Its results are rounded to float16 as well."""
 
     def __init__(self, linear):
         super().__init__()
@@ -1410,7 +1422,7 @@ def keep_freed_memory():
 
 def show_progress(run, step, loss, seconds):
     """Tell how far the training is: on one line of a terminal, elsewhere in a line every 30 s."""
-    if step % 10 > 0:  # to know the loss, one must wait for a GPU
+    if step % 10 > 0:  # printing the loss makes a GPU wait: not at every step
         return
     left = seconds / (step + 1) * (run["max_iters"] - step)
     speed = TOKENS_PER_STEP * (step + 1) / seconds
@@ -1431,7 +1443,7 @@ def evaluate(model, tokenizer, splits, prompt, step):
     for split, tokens in splits.items():
         losses[split] = estimate_loss(model, tokens, batch_size, EVAL_ITERS)
         for name, value in losses[split].items():
-            check(math.isfinite(value), "the loss is not finite: lower LEARNING_RATE")
+            check(math.isfinite(value), "the loss is not finite: lower the learning rate")
             words += f"  {split} {name} {value:.4f}"
     ids = generate(model, tokenizer.encode(prompt), 60, TEMPERATURE, TOP_K, TOP_P)
     print(f"{words:<60}\n            {tokenizer.decode(ids)!r}", flush=True)

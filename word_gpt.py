@@ -6,8 +6,8 @@ whatever you know. New is what real text asks for, in the order of the file:
   There is no end of different words: those that come less than 5 times share one token, <unk>.
 - split_documents, split_text: the text is many documents. Each ends with a token <eos> (end of
   sequence), so that the model learns when to stop. 10% of the documents are for a test at the end.
-- cut_windows, get_batch: documents have different lengths. When measuring, <pad> fills the places
-  behind the end of a document.
+- cut_windows, get_batch: documents have different lengths. <pad> fills the places behind the end of
+  a document, mostly when measuring.
 - AdaptiveSoftmax: logits of 37,000 words would be most of the work; it computes only a part.
 - estimate_loss: accuracy, perplexity, and what a good value is.
 - beam_search looks for the likeliest text. attention_weights shows what the model looks at.
@@ -25,10 +25,12 @@ Before training, each of the 36,980 words costs about ln 36,980 = 10.52 nats. Af
 loss is 5.31 on the validation part: the model is as unsure as if it chose among 203 equally likely
 words, and 18.03% of its first guesses are right. (5.3117 there, 5.3219 on the test; 1.4 bits per
 character. In 5 minutes on 2 cores of an AMD EPYC; Linux, Python 3.11, torch 2.13.0, SEED 1337.)
-estimate_loss says what to compare this with. It writes:
+estimate_loss says what to compare this with. The model writes:
 
     i think this movie was stupid the movie was funny a decent little acting and the actors were
     beautiful and its never worth the wait for it to watch
+
+It ended this review itself, after 29 words, with <eos>.
 
 PyTorch supplies tensors (arrays of numbers). The shapes of tensors have these letters (section 3):
     B   batch: pieces of text processed in parallel   H   heads per block
@@ -112,7 +114,7 @@ TOP_K = None  # draw among this many most likely tokens only; None: among all
 TOP_P = None  # draw among the most likely tokens that have this probability together; None: all
 BEAMS = 0  # texts that beam_search follows; more: a likelier text, and slower; 0: no search
 PICTURE_TOKENS = 32  # words in the picture of the attention
-PICTURE_HEADS = 6  # heads in that picture
+PICTURE_HEADS = 6  # heads in that picture, at most
 # Where the tensors are: the fastest device that is there
 if torch.cuda.is_available():
     DEVICE = "cuda"
@@ -197,7 +199,8 @@ class Tokenizer:
     ([3, 4, 3, 1], 'the film <eos>')
 
     The price of <unk>: "some word that I do not know" is easier to predict than the word itself. So
-    the more words are unknown, the lower the loss, and the less does the model say."""
+    the more words are unknown, the lower the loss, and the less it says about real words. (See
+    estimate_loss for a figure, and "Try this".)"""
 
     pad, unk, eos = 0, 1, 2  # no words: an empty place, any unknown word, the end of a document
 
@@ -223,12 +226,12 @@ class Tokenizer:
 def split_documents(documents, train_share, val_share):
     """Return {"train": a list of clean documents, "val": ..., "test": the rest}, shuffled.
 
-    Whole documents: of a document in two parts, the model would already know one half when it is
-    measured on the other. Shuffled: in the order of their names, the last 12,500 all praise, so
-    there would be no bad review in the test.
+    No document is cut in two: the model would know one half when it is measured on the other. The
+    documents are shuffled: in the archive's order (train/pos/0_9.txt is one name), the last 12,500
+    all praise, so there would be no bad review in the test.
 
-    The third part: we keep the parameters with the lowest validation loss. A lucky one wins, so
-    that loss is a little too good. The test is used for nothing, and measured once, at the end."""
+    Why three parts? We keep the parameters with the lowest validation loss. A lucky one wins, so
+    that loss is a little too good. No decision uses the test. It is measured once, at the end."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(1337))
     documents = [documents[i] for i in order.tolist()]  # the same parts for every SEED
     a = round(train_share * len(documents))
@@ -258,11 +261,11 @@ def split_text(documents, tokenizer):
 def cut_windows(tokens, starts, ends, block_size):
     """Return the windows that begin at the starts (B, 1), and for each position its target.
 
-    From the ends on, (B, 1) or one for all, <pad> (0) fills the window. A target of -100 means "do
-    not count". Where <pad> would be the target, it is -100: <pad> after <pad> is easy to predict,
-    and useless. What follows <eos> does not count either: the next document has nothing to do with
-    this one. (Its words can still look back beyond <eos>, as in GPT-2's training: to prevent it
-    would take a mask for each window.) Here 2 is <eos>, and T = 4:
+    From the place `ends` on, (B, 1) or one number for all, <pad> (0) fills the windows. A target of
+    -100 means "do not count". Where <pad> would be the target, it is -100: <pad> after <pad> is
+    easy to predict, and useless. What follows <eos> does not count either: the next document has
+    nothing to do with this one. (Its words can still look back beyond <eos>, as in GPT-2's
+    training: to prevent it would take a mask for each window.) Here 2 is <eos>, and T = 4:
 
     >>> tokens = torch.tensor([5, 6, 7, 2, 8, 9, 2])
     >>> x, y = cut_windows(tokens, torch.tensor([[1], [4]]), torch.tensor([[7], [7]]), block_size=4)
@@ -282,20 +285,27 @@ def get_batch(tokens, batch_size, block_size, device):
     """Return random windows of the tokens (N,), and for each position its target: the next token.
 
     A window can start anywhere. It runs on into the next document; <pad> is only needed where there
-    is no next one. So each position has <eos> as its target now and then. Reviews have 230 words on
-    average, so this is right in 1 of 231 windows, 0.43%. There are two other ways to treat a window
-    that reaches an <eos>. We trained 600 steps in each way. Then, on the validation part, windows
-    started anywhere, and we took the mean of the probability that the model gave to <eos>:
+    is no next one. So at each position, the target is <eos> as often as in the text: reviews have
+    230 words on average, so in 1 of 231 windows, 0.43%. There are two other ways to treat a window
+    that reaches an <eos>. Let one of T = 4 begin at "end" in "... the end <eos> a good film <eos>":
 
-        a window that reaches an <eos>        loss    at position 20   62      63   (right: 0.43%)
-        runs on into the next document        5.65    0.44%            0.44%   0.47%
-        is filled up with <pad>               5.71    0.51%            0.57%   0.55%
-        is moved back, until it ends there    5.68    0.02%            0.11%   14.4%
+        it runs on into the next document      end <eos> a good        (the default)
+        it is filled up with <pad>             end <eos> <pad> <pad>
+        it is moved back, until it ends there  ... the end <eos>, which is then the last target
 
-    <pad> would fill 14% of the places, and nothing is learned there. <eos> then comes once in fewer
-    words: 0.43% / 0.86 = 0.50%. Windows that are moved back lose no place. But they teach that
-    reviews end at position 63, the last one, and never before: of 60 samples, 49 ended near their
-    64th word. A model must meet in training what it will be asked later, at each position."""
+    We trained 600 steps in each way. Then, on the validation part, windows started anywhere, and we
+    took the mean of the probability that the model gave to <eos>:
+
+        way           loss    at position 20   62      63   (its share is 0.43%)
+        runs on       5.65    0.44%            0.44%   0.47%
+        <pad>         5.71    0.51%            0.57%   0.55%
+        moved back    5.68    0.02%            0.11%   14.4%
+
+    <pad> would fill 14% of the places, and nothing is learned there. The same number of <eos> is
+    then among 86% as many words, so the model expects 0.43% / 0.86 = 0.50%. Windows that are moved
+    back lose no place. But they teach that reviews end at position 63, the last one, and never
+    before: of 60 samples, 49 ended near their 64th word. A model must meet in training what it will
+    be asked later, at each position."""
     starts = torch.randint(len(tokens) - 1, (batch_size, 1))  # from 0 to N - 2
     x, y = cut_windows(tokens, starts, torch.tensor(len(tokens)), block_size)
     return x.to(device), y.to(device)
@@ -304,10 +314,11 @@ def get_batch(tokens, batch_size, block_size, device):
 # --- 3. Model -------------------------------------------------------------------------------------
 # The bricks, all from PyTorch:
 # - A layer, nn.Linear(n, m), turns a vector x of n numbers into one of m numbers: y = x W + b. The
-#   matrix W (n × m numbers) and the bias b (m numbers) are parameters: they start random, between
-#   -1/√n and 1/√n, and training changes them. For x = (1, 2), W with the rows (3, 0) and (1, 1),
-#   and b = (10, 20): y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20) = (15, 22). PyTorch stores W with
-#   rows and columns exchanged, as `weight`, (m, n). A tensor (B, T, n) becomes (B, T, m).
+#   matrix W (n × m numbers) and the bias b (m numbers) are parameters. They start random, between
+#   -1/√n and 1/√n (LM, below, starts some otherwise), and training changes them. For x = (1, 2), W
+#   with the rows (3, 0) and (1, 1), and b = (10, 20): y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20),
+#   which is (15, 22). PyTorch stores W with rows and columns exchanged, as `weight`, (m, n). A
+#   tensor (B, T, n) becomes (B, T, m).
 # - nn.Embedding(n, m) is a table of n rows with m numbers each. They are parameters, too. For the
 #   number i, it returns row i.
 # - A module is an object that holds layers and other modules. The classes below are modules. One
@@ -323,8 +334,8 @@ def get_batch(tokens, batch_size, block_size, device):
 #   numbers 2, 1, 0 become 0.67, 0.24, 0.09: all positive, with sum 1. Adding the same number to all
 #   of them changes nothing. Numbers that will go into a softmax are called logits, or scores.
 #
-# The whole model, from top to bottom. A * marks parameters. How many there are is for the constants
-# of a CPU above, and V = 36,980. (char_gpt.py has an example in numbers on its way through it.)
+# The whole model, from top to bottom. A * marks parameters. The counts are for the constants of a
+# CPU above, and V = 36,980. (char_gpt.py has an example in numbers on its way through it.)
 #
 #   LM      token ids (B, T)
 #           * their rows in lm_head, which is at the end of this map (and counted there)
@@ -339,7 +350,7 @@ def get_batch(tokens, batch_size, block_size, device):
 #             computes from all that it has
 #   LM      * ln_f, a LayerNorm, 256 + 256                                                512
 #           * lm_head, AdaptiveSoftmax: a logit for each possible next token,
-#             (B, T, V). 36,980 words and 2 groups, with 256 + 1 numbers each       9,504,374
+#             (B, T, V). 256 + 1 numbers for each of 36,980 tokens and 2 groups     9,504,374
 #                                                                                  11,099,254
 # With 37,000 words, 86% of the parameters are in lm_head. So its rows are used twice, for reading
 # words and for predicting them: a token_embedding of its own would need 9.5 million more. And in
@@ -379,10 +390,11 @@ class Head(nn.Module):
         # T × T scores for each head: for twice as many tokens, four times as much work. @ makes one
         # product of two matrices for each b and each head.
         scores = (q / hs**0.5) @ k.transpose(-2, -1)  # (B,H,T,hs) @ (B,H,hs,T) -> (B,H,T,T)
-        # The mask hides the future. For T = 3 its rows are [0 -inf -inf], [0 0 -inf], [0 0 0]: a
-        # score of -inf gets the weight exp(-inf) = 0. Without the mask, position t sees its target,
-        # token t + 1, and learns to copy it: a loss near 0. (Only the last position of a window
-        # does not see its target.) Generation fails: it has no token t + 1 yet.
+        # The mask hides the future. For T = 3 its rows are [0 -inf -inf], [0 0 -inf], [0 0 0]
+        # (triu: -inf stays above the diagonal, the rest becomes 0). A score of -inf gets the weight
+        # exp(-inf) = 0. Without the mask, position t sees its target, token t + 1, and learns to
+        # copy it: a loss near 0. (Only the last position of a window does not see its target.)
+        # Generation fails: it has no token t + 1 yet.
         mask = torch.full((T, T), -math.inf, dtype=scores.dtype, device=scores.device).triu(1)
         weights = F.softmax(scores + mask, dim=-1)  # (B, H, T, T), each row sums to 1
         return weights @ v  # (B, H, T, T) @ (B, H, T, hs) -> (B, H, T, hs)
@@ -423,8 +435,8 @@ class FeedForward(nn.Module):
 
     Attention averages what there is; this computes something new from it. Each of the 4 C numbers
     between the two layers detects one pattern: it is x · (a column of W) + b, above 0 if x points
-    enough like this column. relu (in gpt2.py gelu, which is almost the same) keeps that, and turns
-    the rest into 0. (The paper took 4 C, and so do we.)
+    enough like this column. relu, which is max(0, number), keeps that, and turns the rest into 0.
+    (gpt2.py has gelu, which is almost the same.) The paper took 4 C, and so do we.
 
     In training, dropout sets a random part of the numbers to 0. With a part of 0.2, it multiplies
     the others by 1 / 0.8, so that sums keep their size. The model cannot rely on single numbers:
@@ -438,7 +450,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """Transform each position: (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
-        # relu is max(0, x). Without it, two layers would be one, x A B = x (AB), and one layer only
+        # Without relu, two layers would be one (without biases, x A B = x (AB)), and one layer only
         # adds its inputs with fixed factors: it cannot say "if both are there". relu(a + b - 1)
         # can: of a and b that are 0 or 1, it makes 1 if both are 1, else 0.
         return self.dropout(self.shrink(F.relu(self.expand(x))))
@@ -447,10 +459,11 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then feed-forward. The result of each is added to its input.
 
-    These sums are residual connections (He et al. 2015, arXiv 1512.03385). The derivative of
-    x + f(x) is 1 + f'(x), for a single number x. The chain rule multiplies the derivatives of all
-    blocks: thanks to the 1, the gradient reaches the first block. Products of small f' alone would
-    make it vanish: with 0.1 in each of 4 blocks, 0.0001 of it would be left.
+    These sums are residual connections (He et al. 2015, arXiv 1512.03385). Let f be one of the two,
+    with its LayerNorm. For a single number x, the derivative of x + f(x) is 1 + f'(x). The chain
+    rule multiplies all derivatives: thanks to the 1, the gradient reaches the first block. Products
+    of small f' alone would make it vanish. With f' = 0.1 in 4 of them, 0.1⁴ = 0.0001 of it would be
+    left; with the sums, it is 1.1⁴ = 1.46.
 
     LayerNorm shifts and scales the C numbers of each position to mean 0 and standard deviation 1
     (the mean of their squares is 1). For example, 1 3 1 3 and 10 30 10 30 both become -1 1 -1 1.
@@ -493,7 +506,8 @@ class AdaptiveSoftmax(nn.Module):
         its logit is of     g0  g1  w0  w1  w2  |  w3  w4  |  w5  w6
 
     Of the targets in the reviews, 84% are among the first 2,000 ids. They need the first softmax
-    only: 2,002 logits and not 36,980. 11% are in g0 and 4% in g1 (rounded).
+    only: 2,002 logits and not 36,980. 11% are in g0 and 4% in g1 (rounded). On average, a target
+    needs 2,002 + 11% · 8,000 + 4% · 26,980 = about 4,000 logits.
 
     The rows of words are the token embedding as well (weight tying, Press and Wolf 2016, arXiv
     1608.05859). Words that can replace each other, such as film and movie, need similar rows for
@@ -531,7 +545,7 @@ class AdaptiveSoftmax(nn.Module):
 
     def first_choice(self, x):
         """Return ln P of the groups, (..., C) -> (..., groups), and of the frequent words."""
-        first = F.log_softmax(self.logits(x, 0), dim=-1)
+        first = F.log_softmax(self.logits(x, 0), dim=-1)  # ln of softmax
         return first.tensor_split([len(self.cutoffs)], dim=-1)
 
     def forward(self, x):
@@ -552,7 +566,7 @@ class AdaptiveSoftmax(nn.Module):
         -ln 0.2 - ln 0.5 = 1.61 + 0.69 = 2.30."""
         # group: 0 for a frequent word, 1 for a word of g0, 2 for one of g1.
         cutoffs = torch.tensor(self.cutoffs, device=x.device)
-        group = torch.bucketize(targets, cutoffs, right=True)
+        group = torch.bucketize(targets, cutoffs, right=True)  # how many cutoffs are <= the id
         row = torch.where(group == 0, self.place(targets), group - 1)
         losses = F.cross_entropy(self.logits(x, 0), row, reduction="none")  # of the first choice
         for i, cutoff in enumerate(self.cutoffs):
@@ -571,10 +585,11 @@ class AdaptiveSoftmax(nn.Module):
         w0 0.1, one would have to look into g0: w3 has 0.9 · 0.5 = 0.45."""
         groups, frequent = self.first_choice(x)
         best, word = frequent.max(-1)
-        # Not yet out: a frequent target that is the best of them, or another one that is likelier.
+        # After the first choice, two kinds of targets can still be hits: the best frequent word,
+        # and a word of a group that is likelier than it.
         hits = (word == targets) | (-losses > best)
         for i, cutoff in enumerate(self.cutoffs):
-            # Of those, look into this group if it is likelier than the target.
+            # For those, look into this group if the group as a whole is likelier than the target.
             chosen = (hits & (groups[:, i] > -losses)).nonzero().flatten()
             inside = F.log_softmax(self.logits(x[chosen], i + 1), dim=-1)
             best, word = inside.max(-1)
@@ -601,8 +616,8 @@ class LM(nn.Module):
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = AdaptiveSoftmax(vocab_size, n_embed, cutoffs)  # embeds the tokens as well
         # Small parameters make small logits, so nearly equal probabilities: the loss starts just
-        # above ln V. The rows are also the vectors of the tokens. PyTorch's default for positions,
-        # 1, would be 50 times as large: the sum of both would hardly show which token it is.
+        # above ln V. The rows are also the vectors of the tokens. PyTorch starts the positions with
+        # a deviation of 1, 50 times as large: the sum of both would hardly show which token it is.
         nn.init.normal_(self.lm_head.weight, std=0.02)  # 0.02 as in GPT-2
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
@@ -615,7 +630,8 @@ class LM(nn.Module):
         # says so. All else stays in float32, numbers of 32 bits with 7 exact digits.
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=has_bfloat16(idx.device)):
             # An average does not depend on the order of its terms: in the first block, the c of
-            # "abc" would collect the same as that of "bac". So each position adds its own vector.
+            # "abc" would collect the same as that of "bac". (Later blocks could tell a little: the
+            # b of "abc" has seen an a.) So each position adds its own vector.
             # (B, T, C) + (T, C) -> (B, T, C)
             x = self.lm_head.embed(idx) + self.position_embedding.weight[:T]
             return self.ln_f(self.blocks(self.dropout(x)))
@@ -638,7 +654,9 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     """Return {"loss": nats per token, "known", "accuracy"} of tokens (N,).
 
     "known" is the mean loss of all targets but <unk>. With the defaults it is 5.33 at the end, not
-    5.31: the difference is what <unk> hides.
+    5.31: 1.3% of the targets are <unk>, and cost 4.2 nats, less than a word. To tell which of the
+    61,225 rare words of the training part it is would cost ln 61,225 = 11.0 nats more, if they were
+    equally likely. The mean would be 5.31 + 1.3% · 11.0 = 5.46. So much does <unk> hide.
 
     Two predictions, where the true next words got the probabilities 0.3 and 0.05:
 
@@ -653,18 +671,20 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
 
         predicted from                   loss     perplexity   accuracy
         nothing: all V equally likely    10.52    36,980       0.00%
-        nothing: always "the"            infinite infinite     5.82%     P = 0 for all other words
-        how frequent each word is        6.90     994          5.82%
+        always "the", with P = 1         infinite infinite     5.82%     P = 0 for all other words
+        how frequent each word is        6.90     994          5.82%     its first guess is "the"
         the word before (see below)      5.69     296          14.32%
         this model                       5.31     203          18.03%
 
     The word before: how often each word followed it in the training part. For a pair that never
-    came, this would be P = 0. So it is mixed with how frequent each word is (Witten-Bell).
+    came, this would be P = 0. So it is mixed with how frequent each word is. (Witten-Bell: if w
+    came n times, and m different words followed, the second gets the part m / (n + m).)
 
     A loss per word and one per character do not compare: a word has 5.4 characters, with the space.
-    Bits per character do, on the same text. A bit is ln 2 = 0.69 nats, so 5.31 nats per word are
-    5.31 / 0.69 / 5.4 = 1.42 bits per character. (Those of the test part are 1.42, too. Shakespeare
-    in char_gpt.py, with 2.14, is another text: it has capitals and punctuation, and no <unk>.)
+    Bits per character do, on the same text, with the same <unk>. A bit is ln 2 = 0.69 nats, so 5.31
+    nats per word are 5.31 / (0.693 · 5.40) = 1.42 bits per character. (Those of the test part are
+    1.42, too. Shakespeare in char_gpt.py, with 2.14, is another text: it has capitals and
+    punctuation, and no <unk>, which makes a loss too low.)
 
     Each document is cut into windows side by side, so each of its tokens but the first is a target
     once. With `eval_iters`, at most that many batches are used, evenly spread. No random number is
@@ -704,14 +724,16 @@ def make_optimizers(model):
     (1 - beta) · new value. With beta = 0.9, an old value loses a tenth of its weight in each step,
     so about the last 10 count. (The averages start at 0. After n steps, AdamW divides them by
     1 - beta^n: after one step, the average is then g itself.) The parameter is moved by
-    -rate · mean(g) / (√mean(g²) + 10⁻⁸). If g is always 0.001, the quotient is 0.001 / 0.001 = 1.
-    If g is always 100, it is 1 as well: where g keeps its sign, all parameters learn at the same
-    speed. If g is 1 and -1 in turn, mean(g) is about 0, and the parameter stays.
+    -rate · mean(g) / (√mean(g²) + 10⁻⁸). (10⁻⁸ prevents a division by 0.) If g is always 0.001, the
+    quotient is 0.001 / 0.001 = 1. If g is always 0.1, it is 1 as well: where g hardly changes, all
+    parameters learn at the same speed. If g is 1 and -1 in turn, mean(g) is about 0, and the
+    parameter stays.
 
     Before that, matrices (those of nn.Embedding as well) are multiplied by 1 - rate · WEIGHT_DECAY.
-    A small matrix turns a small difference of two inputs into a small difference of its results. To
-    know single sentences by heart, a model must react to small differences. (This is a reason, no
-    proof: that it helps is measured. Biases and LayerNorms only shift and scale: no decay.)"""
+    A matrix of small numbers turns a small difference of two inputs into a small difference of its
+    results. To know single sentences by heart, a model must react to small differences. (This is a
+    reason, no proof. That it helps was measured with char_gpt.py. Biases and LayerNorms only shift
+    and scale: no decay.)"""
     by_muon = []
     # By default, Muon changes the matrices of the blocks. It averages gradients as well, but makes
     # the step equally large in all directions of a matrix: see section 6, after the lesson.
@@ -752,8 +774,8 @@ def train_step(model, optimizers, x, y, lr):
     loss.backward()  # computes the gradient: d loss / d parameter, into `grad` of each parameter
     if GRADIENT_CLIP is not None:
         # The gradient is one long vector. If it is longer than GRADIENT_CLIP, it is scaled down to
-        # this length. A single long one would rule AdamW's averages: for 10 steps the direction,
-        # and for 100 steps √mean(g²), so that all these steps would be too small.
+        # this length. Otherwise, a single long one would rule AdamW's averages: mean(g) for about
+        # 10 steps, √mean(g²) for about 100. So steps 10 to 100 after it would be too small.
         # (A precaution: char_gpt.py reaches the same loss without it.)
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
     for optimizer in optimizers:
@@ -775,7 +797,7 @@ def train(model, tokenizer, optimizers, splits, run):
 
     Functions after the lesson print and save: evaluate, save_step, show_progress. After the last
     step, or Ctrl-C, main reads the best parameters from the file, measures them and continues the
-    PROMPT. UserError: a loss is not finite."""
+    PROMPT. At Ctrl-C, the steps since the last save are lost. UserError: a loss is not finite."""
     device = next(model.parameters()).device
     peak = LEARNING_RATE if MUON else ADAMW_LEARNING_RATE
     start = time.perf_counter() - run["seconds"]  # a resumed run counts its earlier ones
@@ -788,12 +810,12 @@ def train(model, tokenizer, optimizers, splits, run):
                     save_step(run, step, model, optimizers, time.perf_counter() - start)
             if step == run["max_iters"]:
                 break  # this round was for the last evaluation
-            # The same step draws the same random numbers, in a run that was resumed as well.
+            # The same step draws the same random numbers, also in a run that was resumed.
             torch.manual_seed(run["seed"] * 1_000_000 + step)
             x, y = get_batch(splits["train"], BATCH_SIZE, model.block_size, device)
             loss = train_step(model, optimizers, x, y, get_lr(step, run["max_iters"], peak))
             show_progress(run, step, loss, time.perf_counter() - start)
-    except KeyboardInterrupt:  # Ctrl-C: main goes on with what was saved last
+    except KeyboardInterrupt:  # Ctrl-C: main goes on with the file
         if run["path"] is None:
             raise
         print(f"\nstopped at step {step}: going on with what is in {run['path']}", flush=True)
@@ -859,13 +881,13 @@ def beam_search(model, ids, max_new_tokens, beams):
 
     The likeliest next word can lead to an unlikely text. Let the first word be a or c:
 
-        a 0.6, then at best b 0.55    0.6 · 0.55 = 0.33    ln: -0.51 - 0.60 = -1.11
-        c 0.4, then at best d 0.9     0.4 · 0.9  = 0.36    ln: -0.92 - 0.11 = -1.02
+        a 0.6, then at best b 0.55    0.6 · 0.55 = 0.33    ln: -0.511 - 0.598 = -1.109
+        c 0.4, then at best d 0.9     0.4 · 0.9  = 0.36    ln: -0.916 - 0.105 = -1.022
 
     One beam takes the likeliest word each time, and finds a b. Two beams continue the two likeliest
     texts, keep the two likeliest of all results, and find c d. ln turns products into sums. This is
     needed: 200 words with P = 0.01 have 10^-400 together, which Python rounds to 0; the sum of
-    their ln is -921. (<unk> is never written. So all P are those of a text without it.)
+    their ln is -921. (<unk> is never written: its probability is shared out among the others.)
 
     Is the likeliest text a good one? After "I think this movie was", generate drew "stupid the
     movie was funny a decent little acting and the actors were beautiful ...". 5 beams found "so bad
@@ -901,7 +923,7 @@ def beam_search(model, ids, max_new_tokens, beams):
 
 @torch.no_grad()
 def attention_weights(model, ids):
-    """Return the weights of the attention for a list of at most T ids: for each block, (H, T, T).
+    """Return the weights of the attention for a list of T ids: for each block, (H, T, T).
 
     Row t tells how position t weighs the positions 0 to t; its sum is 1. Head returns weights @ v.
     If v is the identity matrix, this is the weights themselves:
@@ -945,40 +967,44 @@ def attention_weights(model, ids):
 # - TEMPERATURE = 2: "social contain crappy animations tightly hostilities favourites moral". 35,000
 #   words are unlikely, but each of them got a little more: now they win together.
 # - TEMPERATURE = 1, TOP_P = 0.5: "good i dont think i was laughing at the time the whole movie is a
-#   lot more fun than the first movie". The unlikely half is never drawn.
+#   lot more fun than the first movie". The words that share the unlikely half are never drawn.
 
 
 # --- The lesson ends here. What follows: a better optimizer, files, flags and errors. -------------
 # --- 6. Muon: for those who want to know ----------------------------------------------------------
-# A matrix W turns a vector x into x W. It makes some vectors longer than others. For example, let W
-# have the rows (5.5, 4.5) and (4.5, 5.5). Then (1, 1) W = (10, 10): in the direction of (1, 1), the
-# factor is 10, the largest. And (1, -1) W = (1, -1): in that direction, at a right angle, it is 1,
-# the smallest. A matrix of 128 × 384 numbers has 128 such directions, at right angles to each
-# other, whose results are at right angles as well. Their factors are called singular values.
+# A matrix G turns a vector x into x G. It stretches some vectors more than others. For example, let
+# G have the rows (5.5, 4.5) and (4.5, 5.5). Then (1, 1) G = (10, 10): in the direction of (1, 1),
+# the factor is 10, the largest. And (1, -1) G = (1, -1): in that direction, at a right angle, it is
+# 1, the smallest. A matrix of 128 × 384 numbers has 128 such directions, with factors in between.
+# They are at right angles to each other, and so are their results (which we do not prove). The
+# factors are called singular values.
 #
-# Now let this be the gradient of a layer's matrix. In y = x W, y_j is the sum of all x_i · W_ij. So
-# W_ij changes y_j by the factor x_i. Let d_j be the derivative of the loss by y_j. By the chain
-# rule, one position of the batch adds the matrix x_i · d_j to the gradient. For x = (1, 1) and
-# d = (3, 0), its rows are (3, 0) and (3, 0): it turns (1, 1), the direction of x, into (6, 0), and
-# (1, -1) into (0, 0). The gradient is the sum of these matrices: ten positions with this x and this
-# d make the factor ten times as large. So it is large for a direction that many inputs have, and
-# small for a rare one. Three optimizers make different steps of the first gradient above:
+# The gradient of a layer's matrix W is such a matrix G. In y = x W, y_j is the sum of all
+# x_i · W_ij, so dy_j / dW_ij = x_i. Let d_j = d loss / dy_j. By the chain rule, one position of the
+# batch adds the matrix x_i · d_j to the gradient. For x = (1, 1) and d = (3, 0), it has the rows
+# (3, 0) and (3, 0). It turns (1, 1), the direction of x, into (6, 0), and (1, -1) into (0, 0). The
+# gradient is the sum of these matrices: ten positions with this x and this d give (60, 0). So,
+# unless their d cancel, a direction that many inputs have gets a large factor, a rare one a small.
+# Three optimizers make different steps from the gradient G above:
 #
 #                plain gradient     AdamW, first step     Muon
 #                5.5  4.5           1  1                  0.7  0.0
 #                4.5  5.5           1  1                  0.0  0.7
-#     factors    10 and 1           2 and 0               0.7 and 0.7
+#     factors    10 and 1           2 and 0               0.7 and 0.7 (orthogonalize says why 0.7)
 #
-# A plain step is 10 times as long for (1, 1) as for (1, -1). But often the loss bends more in the
-# frequent direction as well. Take two parameters a = b = 1 with the loss 5 a² + b² / 2, so with the
-# gradient (10 a, b). The rate 0.1 makes a = 1 - 0.1 · 10 = 0, and b = 0.9: one is done, the other
-# has hardly begun. The rate 1 would be right for b, and makes a = 1 - 10 = -9: it overshoots. So
-# the rate must be low, and plain steps learn little for rare directions. AdamW makes the numbers
-# equal, not the factors: above, it learns nothing for (1, -1). Muon makes the factors equal: it
-# learns as much for rare directions as for frequent ones.
+# A plain step is 10 times as long for (1, 1) as for (1, -1). Does it need to go 10 times as far?
+# Often not: where many positions add up, the gradient is large, and it also changes fast. Take two
+# parameters a = b = 1, for a frequent and a rare direction, with the loss 5 a² + b² / 2, so with
+# the gradient (10 a, b). Both should become 0, so both need the same step, -1. The rate 0.1 makes
+# a = 1 - 0.1 · 10 = 0, and b = 0.9, which has hardly begun. The rate 1 would be right for b, and
+# makes a = 1 - 10 = -9: it overshoots. So the rate must be low, and plain steps learn little for
+# rare directions. AdamW makes equal steps for single numbers. It would help a and b. But most
+# directions are mixtures of all numbers of a matrix: above, AdamW learns nothing for (1, -1). Muon
+# makes the factors equal: it learns as much for rare directions as for frequent ones.
 #
 # In char_gpt.py, after 400 steps, the loss is 1.66 with Muon and 1.87 with AdamW alone, each at its
-# best rate for so few steps (0.016 for both; over all 1,600 steps, Muon's best is 0.008).
+# best rate for so few steps, 0.016. (Muon's best rate over all 1,600 steps is 0.008, the default;
+# with it, the loss after a run of 400 steps is 1.73.)
 # Embeddings and lm_head stay with AdamW, which Jordan et al. found to be better.
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): steps for matrices.
@@ -1008,8 +1034,8 @@ class Muon(torch.optim.Optimizer):
                 # 128 × 384 numbers have 128 factors. If all are 1, a square is 128 / (128 · 384)
                 # on average, so a number is about 1/√384. AdamW's quotients are 1 at first, and
                 # 0.2 to 0.4 later, when gradients change their signs (measured by Liu et al. 2025,
-                # arXiv 2502.16982). They multiply Muon's step by 0.2 · √384: then its numbers are
-                # about 0.2, too, and one rate fits both optimizers.
+                # arXiv 2502.16982). So Liu et al. multiply Muon's step by 0.2 · √384: its numbers
+                # are about 0.2, too, and one rate serves both optimizers.
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
@@ -1160,7 +1186,7 @@ def name_text(run, path, text, cut):
 
 def save_step(run, step, model, optimizers, seconds):
     """Write the run with what it has reached in a step."""
-    weights = model.state_dict()  # torch.compile adds a prefix
+    weights = model.state_dict()  # who compiles the model by hand gets names with a prefix
     weights = {name.removeprefix("_orig_mod."): p for name, p in weights.items()}
     run |= {"step": step, "seconds": seconds, "val_loss": None, "last": weights}
     run["optimizers"] = [optimizer.state_dict()["state"] for optimizer in optimizers]
@@ -1298,6 +1324,8 @@ def find_data(path):
 def download(url, path, digest):
     """Fetch a file whose SHA-256 is `digest`. What an earlier try has left in PATH.part is used.
 
+    The SHA-256 is a number of 256 bits that is computed from all bytes of a file. If one byte is
+    missing or other, it is another number. So a broken or exchanged file is never used.
     UserError: it cannot be fetched; the message tells where to put a copy by hand."""
     part = Path(f"{path}.part")
     print(f"downloading {url}", flush=True)
@@ -1513,7 +1541,7 @@ def keep_freed_memory():
 
 def show_progress(run, step, loss, seconds):
     """Tell how far the training is: on one line of a terminal, elsewhere in a line every 30 s."""
-    if step % 10 > 0:  # to know the loss, one must wait for a GPU
+    if step % 10 > 0:  # printing the loss makes a GPU wait: not at every step
         return
     left = seconds / (step + 1) * (run["max_iters"] - step)
     speed = BATCH_SIZE * run["config"]["block_size"] * (step + 1) / seconds
@@ -1534,7 +1562,7 @@ def evaluate(model, tokenizer, splits, prompt, step):
     for split, tokens in splits.items():
         losses[split] = estimate_loss(model, tokens, batch_size, EVAL_ITERS)
         for name, value in losses[split].items():
-            check(math.isfinite(value), "the loss is not finite: lower LEARNING_RATE")
+            check(math.isfinite(value), "the loss is not finite: lower the learning rate")
             words += f"  {split} {name} {value:.4f}"
     ids = generate(model, tokenizer.encode(prompt), 60, TEMPERATURE, TOP_K, TOP_P)
     print(f"{words:<60}\n            {tokenizer.decode(ids)!r}", flush=True)

@@ -339,10 +339,12 @@ def test_the_example_that_goes_through_the_model(gpt):
         x = token + position
         attention = block.attention(block.ln1(x))
         weights = attention_weights(block, block.ln1(x))[0, :, -1]
+        _, _, v = block.attention.qkv(block.ln1(x)).chunk(3, dim=-1)
+        averages = (weights[:, None] @ v.view(4, 2, 2).transpose(0, 1)).flatten()
         feed_forward = block.feed_forward(block.ln2(x + attention))
         end = x + attention + feed_forward
         logits = model(idx)[0][0, -1]
-    rows = [idx[0], token[0, -1], position[-1], x[0, -1], *weights]
+    rows = [idx[0], token[0, -1], position[-1], x[0, -1], *weights, averages]
     rows += [attention[0, -1], feed_forward[0, -1]]
     normed = F.layer_norm(end[0, -1], (4,))
     rows += [end[0, -1], normed, model.ln_f(end)[0, -1], logits, logits.softmax(-1)]
@@ -353,13 +355,15 @@ def test_the_example_that_goes_through_the_model(gpt):
         row = re.search(r"((?: +-?\d+(?:\.\d\d)?(?= |$)){4,7})$", comment)
         if row:
             shown.append([float(number) for number in row[1].split()])
-    assert [len(row) for row in shown] == [4] * 11 + [7] * 2
+    assert [len(row) for row in shown] == [4] * 12 + [7] * 2
     for numbers, row in zip(shown, rows, strict=True):
         assert numbers == pytest.approx(row.tolist(), abs=0.02), numbers
     assert f"-ln {shown[-1][2]:.2f} = {-logits.log_softmax(-1)[2]:.2f}" in example
     assert tokenizer.vocabulary == " benort"
     q, k, _ = block.attention.qkv(block.ln1(x)).detach().chunk(3, dim=-1)
-    words = re.search(r"query of .*?best", example.replace("\n#", ""), re.S)[0]
+    gain, shift = model.ln_f.weight[0].item(), model.ln_f.bias[0].item()
+    assert f"{gain:.2f} · {normed[0]:.2f} + {shift:.2f}" in example
+    words = re.search(r"In head 1, the query.*?best", source.replace("\n#", ""), re.S)[0]
     told = [float(number) for number in re.findall(r"-?\d+\.\d\d", words)]
     query, keys = q[0, -1, :2], k[0, :, :2]  # of head 1
     scores = keys @ query / math.sqrt(2)

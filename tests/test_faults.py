@@ -634,7 +634,7 @@ def test_constants_that_would_fail_late(script):
 def test_a_loss_that_is_not_finite(script):
     insert = "def get_lr(step, *more): return 0.01 if step < 4 else 1e30"
     done = script.child(insert=insert, GRADIENT_CLIP=None)
-    assert_one_line_error(done, "not finite", "LEARNING_RATE")
+    assert_one_line_error(done, "not finite", "rate")
     assert script.run(1)["step"] == 3  # what was saved is kept
     script.main("--sample")
 

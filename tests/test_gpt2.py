@@ -163,13 +163,13 @@ def test_logits_loss_gradients_and_greedy_text_of_transformers(gpt, tmp_path, si
 
 
 @pytest.mark.parametrize("init", ["scratch", "pretrained"])
-def test_a_run_goes_into_transformers_by_the_lines_that_openai_name_shows(
+def test_a_run_goes_into_transformers_by_the_lines_in_the_file(
     gpt, run, monkeypatch, weights_file, init
 ):
     weights_file.rename("gpt2.safetensors")
     run("--init", init)
-    lines = gpt.openai_name.__doc__.partition("        run, model")[2].splitlines()
-    code = "run, model" + "\n".join(line.strip() for line in lines)
+    source = Path(gpt.__file__).read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"^#     (\S.*)", source.partition("into Hugging Face's")[2], re.M))
     monkeypatch.setitem(sys.modules, "gpt2", gpt)
     names = {"gpt2": gpt, "transformers": transformers}
     exec(code, names)
@@ -307,6 +307,30 @@ def test_what_a_cache_costs(gpt):
     assert f"{one:,}" in gpt.Cache.__doc__ and f"{one * 1024 / 1e6:.1f} MB" in gpt.Cache.__doc__
 
 
+def test_the_bytes_that_backward_needs(gpt, monkeypatch):
+    """40 for each number of a block's input, as the head of the file says."""
+    monkeypatch.setattr(gpt, "has_bfloat16", lambda device: True)
+    block = gpt.Block(96, 3, dropout=0.1)
+    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    matrices = [p for p in block.parameters() if p.dim() == 2]
+    matrices = {p.shape for p in matrices} | {p.T.shape for p in matrices}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.shape not in matrices:  # neither a parameter nor its copy in bfloat16
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.randn(1, 1024, 96, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16):
+            result = block(x)
+    assert result.shape == x.shape
+    assert not parameters & set(kept)
+    assert sum(kept.values()) / x.numel() == pytest.approx(40, abs=1)
+    assert "40 bytes" in gpt.__doc__ and 14 * 2 + 2 * 4 + 2 * 2 == 40
+
+
 def test_the_running_sums_of_attention(gpt):
     """The table in Head.forward, computed as fused attention does."""
     source = (ROOT / "gpt2.py").read_text(encoding="utf-8")
@@ -385,7 +409,7 @@ def test_the_merges_of_the_example_are_those_that_counting_gives():
                     word[i : i + 2] = ["".join(best)]
     assert counts == [("t+h", 4), ("th+e", 3), (" +the", 2)]
     doc = load_fresh("gpt2").Tokenizer.__doc__
-    assert "t+h 4 times" in doc and "th+e 3" in doc and "space+the 2" in doc
+    assert "t+h 4 times" in doc and "th+e 3" in doc and "␣+the 2" in doc
 
 
 def test_the_ids_of_known_texts(real_bpe, tmp_path):
@@ -397,7 +421,7 @@ def test_the_ids_of_known_texts(real_bpe, tmp_path):
     sentence = "To be, or not to be: unquestionably Hamlet's."
     pieces, ids = re.search(r"\n +(To .*)\n +(2514 .*)\n", gpt.Tokenizer.__doc__).groups()
     assert tokenizer.encode(sentence) == [int(i) for i in ids.split()]
-    assert [tokenizer.decode([int(i)]).strip() for i in ids.split()] == pieces.split()
+    assert [tokenizer.decode([int(i)]).replace(" ", "␣") for i in ids.split()] == pieces.split()
     ids = tokenizer.encode(text)
     assert len(ids) == 338_025 and tokenizer.decode(ids) == text
     pieces = gpt.read_pieces(io.StringIO(text), 1000)
