@@ -3,6 +3,7 @@
     python tests/benchmark_word.py                       training steps, 1 minute on 2 cores
     python tests/benchmark_word.py ARCHIVE run default   a whole run; ARCHIVE: aclImdb_v1.tar.gz
     python tests/benchmark_word.py ARCHIVE windows 1337  three kinds of windows, 5 minutes a seed
+    python tests/benchmark_word.py ARCHIVE ends RUN.pt   does a trained run know where reviews end?
     python tests/benchmark_word.py --avx2 ...            as on a CPU without bfloat16 or AVX-512
 
 The words of the step are drawn so that the n-th commonest comes 1/n as often as the commonest
@@ -107,6 +108,27 @@ def windows(archive, seed, n_steps=600):
 
 
 @torch.no_grad()
+def ends(archive, path):
+    """Print P(<eos>) of a run where a review of the validation part ends, and elsewhere."""
+    run, model, tokenizer = word_gpt.load_run(path, "cpu")
+    documents = word_gpt.read_documents(archive, run["cleaning"])
+    parts = word_gpt.split_documents(documents, word_gpt.TRAIN_SHARE, word_gpt.VAL_SHARE)
+    tokens = word_gpt.split_text({"val": parts["val"]}, tokenizer)["val"]
+    found = {True: [], False: []}
+    T = model.block_size
+    for begin in range(0, len(tokens) - T * B - 1, T * B):
+        starts = torch.arange(begin, begin + T * B, T)[:, None]
+        x, y = word_gpt.cut_windows(tokens, starts, torch.tensor(len(tokens)), T)
+        _, frequent = model.lm_head.first_choice(model.hidden(x))
+        p = frequent[..., EOS].exp()
+        for is_end in found:
+            found[is_end].append(p[(y != -100) & ((y == EOS) == is_end)])
+    for is_end, words in ((True, "where a review ends"), (False, "elsewhere")):
+        p = torch.cat(found[is_end])
+        print(f"P(<eos>) {words}: mean {p.mean():.4f}, median {p.median():.5f}, {len(p):,} places")
+
+
+@torch.no_grad()
 def eos_by_position(model, tokens):
     """Return the mean P(<eos>) and the true share of <eos> at each position, (T,) each."""
     torch.manual_seed(5)
@@ -125,5 +147,7 @@ if __name__ == "__main__":
     if "windows" in sys.argv:
         for seed in sys.argv[sys.argv.index("windows") + 1 :] or ["1337"]:
             windows(archive, int(seed))
+    elif "ends" in sys.argv:
+        ends(archive, sys.argv[-1])
     else:
         benchmark.main("word_gpt", archive, steps)
