@@ -82,7 +82,7 @@ TRAIN_SHARE = 0.9  # the first 90% of the text is for training, the rest for mea
 BLOCK_SIZE = 256 if FAST_GPU else 128  # T, tokens that the model sees; more: better, and slower
 N_EMBED = 384 if FAST_GPU else 128  # C; twice as many take up to 4 times as long
 N_LAYERS = 6 if FAST_GPU else 4  # blocks (see Block); more: better, and slower
-N_HEADS = 6 if FAST_GPU else 4  # H; must divide N_EMBED; a head size of 32 or 64 is usual
+N_HEADS = 6 if FAST_GPU else 4  # H; must divide N_EMBED; a head size of 32 to 128 is usual
 DROPOUT = 0.2 if FAST_GPU else 0.0  # share of numbers set to 0 (see FeedForward)
 # Optimization
 BATCH_SIZE = 64 if FAST_GPU else 32  # B; more: a more exact gradient, and a slower step

@@ -1,9 +1,9 @@
 """GPT-2 in one file: it takes OpenAI's weights, or random ones, and trains them on any text.
 
 Read char_gpt.py first. Most of it stands here again, so that this file can be used alone. In 2019,
-OpenAI trained GPT-2 on 40 GB of text from the web. What it learned are its parameters; in this file
-they are called weights, too. Fine-tuning trains these weights further, on a small text of another
-kind. It needs few steps: they know English already. What is new, in order:
+OpenAI trained GPT-2 on 40 GB of text from the web. What it learned are its parameters; here they
+are called weights, too (besides those of an average). Fine-tuning trains these weights further, on
+a small text of another kind. It needs few steps: they know English already. What is new, in order:
 - Tokenizer: tokens are pieces of words (byte pairs). input.txt has 338,025 of them, each of 3.3
   characters on average. So 1,024 tokens of a window are 3.3 times as much text as 1,024 characters.
 - load_tokens: the text is encoded once, into a file; only the parts that are used are read.
@@ -11,10 +11,11 @@ kind. It needs few steps: they know English already. What is new, in order:
 - Cache: the keys and values of earlier tokens are kept (KV cache), so generation computes new ones
 - FeedForward: gelu in place of relu. LM: the output layer is the table of token embeddings.
 - openai_name, load_pretrained: OpenAI's weights, renamed, fit into LM
-- make_optimizers: AdamW alone. Muon multiplies C × C matrices, so its work grows with C³, whatever
-  the number of tokens. A step of 1,024 tokens would be three times the work of one with AdamW. (In
-  char_gpt.py, it adds 12%. By arithmetic, it would add 6% to a step of 32,768 tokens on a GPU. We
-  had no GPU to try it, and keep one recipe.)
+- make_optimizers: AdamW alone. Muon (section 6 of char_gpt.py) multiplies C × C matrices by each
+  other, which takes C³ products, whatever the number of tokens. The model takes C² for each token.
+  For a step of 1,024 tokens, Muon would add twice the model's work. (In char_gpt.py, it adds 12%.
+  By arithmetic, it would add 6% to a step of 32,768 tokens on a GPU. We had no GPU to try it, and
+  keep one recipe.)
 - join_processes: several processes, each with a GPU, share a step
 - train_step: the gradients of several small batches are added up (gradient accumulation)
 - bits_per_character: what compares with char_gpt.py, whose tokens are shorter
@@ -37,18 +38,19 @@ Saving needs twice the space for a moment.
 A GPU needs about 5 GB, by arithmetic. Parameters, gradients, AdamW's averages and the best
 parameters are five times 0.5 GB, a copy of the parameters in bfloat16 (see LM.forward) 0.25 GB.
 Each of the BATCH_SIZE = 2 windows of 1,024 tokens adds 0.38 GB for what `backward` needs of the
-blocks: 40 bytes for each of 12 · 768 · 1,024 numbers (14 results of 2 bytes, two sums of 4 bytes,
-two masks of dropout). It adds 0.7 GB for 1,024 · 50,257 logits: 0.1 GB for them in bfloat16, and
-three times 0.2 GB for them in float32, their softmax, and their gradient.
+blocks: 40 bytes for each of 12 · 768 · 1,024 numbers. (14 results have 2 bytes: two of LayerNorm,
+q, k, v, one of attention, two times four of feed-forward. Two sums have 4 bytes, two masks of
+dropout 2.) It adds 0.7 GB for 1,024 · 50,257 logits: 0.1 GB for them in bfloat16, and three times
+0.2 GB for them in float32, their softmax, and their gradient.
 
 On a CPU, a run that was stopped and resumed ends with the same bits as an unbroken one of as many
 steps. On a GPU, it does not quite: many processors add up the gradients of attention, in an order
 that varies, and each sum is rounded.
 
 Two lengths. The model can see BLOCK_SIZE = 1,024 tokens; evaluations and generation use all of
-them. Training uses windows of WINDOW tokens, on a CPU 256, as long ones take longer. So when we
-fine-tune on a CPU, the estimated loss is of longer windows than the loss of a step. (From scratch,
-positions beyond WINDOW would stay random. So there the model can see WINDOW tokens only.)
+them. Training uses windows of WINDOW tokens, on a CPU 256: attention's work grows with T². So when
+we fine-tune on a CPU, the estimated loss is of longer windows than the loss of a step. (From
+scratch, positions beyond WINDOW would stay random. So there the model can see WINDOW tokens only.)
 
 PyTorch supplies tensors (arrays of numbers), and more that is explained below. Letters of shapes:
     B   batch: pieces of text processed in parallel   H   heads per block
@@ -175,8 +177,8 @@ class Tokenizer:
         the ␣·th·i·n ␣·the ␣·the·n           ␣+the 2, the+n 1, ...: ␣the gets id 258
 
     (␣ is a space.) A frequent word ends as one token, a rare word stays in several. Encoding makes
-    the same merges in the same order. In ␣thin, only t+h is one: it has four tokens. Here, the id
-    of a byte is the byte: space 32, i 105, n 110. (GPT-2 numbers its 256 bytes in another order.)
+    the same merges in the same order. In ␣thin, only t+h is merged, so it has four tokens. Here,
+    the id of a byte is the byte: space 32, i 105, n 110. (GPT-2 has another order of bytes.)
 
     >>> ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" the": 258}
     >>> options = {"mergeable_ranks": ranks, "special_tokens": {}}
@@ -360,9 +362,9 @@ class Cache:
 
     Without a cache, token 3 would need k1, v1, k2 and v2 again, and all layers for tokens 1 and 2.
     It costs memory: for each token 2 · C numbers in each block, in float32 2 · 768 · 12 · 4 bytes =
-    73,728 bytes in all, and 75.5 MB for 1,024 tokens. On 2 cores of an AMD EPYC, with weights of 16
-    bits, the token after 1,000 others takes 12 ms, and 970 ms without a cache; after 10 others, it
-    takes 9 and 45 ms.
+    73,728 bytes in all, and 75.5 MB for 1,024 tokens. On 2 cores of an AMD EPYC, with HALF_WEIGHTS,
+    the token after 1,000 others takes 12 ms, and 970 ms without a cache; after 10 others, it takes
+    9 and 45 ms.
 
     There is room for `block_size` tokens from the start. A tensor cannot grow: each token would
     make a copy of it all."""
@@ -421,8 +423,8 @@ class FeedForward(nn.Module):
 
     Attention averages what there is; this computes something new from it. Each of the 4 C numbers
     between the two layers detects one pattern: it is x · (a column of W) + b, above 0 if x points
-    enough like this column. relu, which is max(0, number), keeps that, and turns the rest into 0.
-    (gpt2.py has gelu, which is almost the same.) The paper took 4 C, and so do we.
+    enough like this column. gelu keeps that, and turns the rest into numbers near 0. (char_gpt.py
+    has relu, max(0, number), which is almost the same.) The paper took 4 C, and so do we.
 
     In training, dropout sets a random part of the numbers to 0. With a part of 0.2, it multiplies
     the others by 1 / 0.8, so that sums keep their size. The model cannot rely on single numbers:
@@ -491,13 +493,15 @@ class LM(nn.Module):
         self.ln_f = nn.LayerNorm(n_embed)  # f: final, before the output layer
         self.lm_head = nn.Linear(n_embed, vocab_size, bias=False)  # no bias, as in GPT-2
         # Small parameters make small logits, so nearly equal probabilities: the loss starts near
-        # ln V. So all matrices and biases start anew, smaller than those of nn.Linear.
-        # Some start smaller still. Each block adds two results to its input. A sum of n results of
-        # random sign is about √n times as large as one of them; here n is 2 · n_layers. So in the
-        # layers that make these results, the numbers are divided by √n, for 12 blocks by √24 = 4.9.
-        # Then the numbers of the sum after 12 blocks are about 0.3, otherwise 1.5 (measured). The
-        # vectors of token and position, together about 0.03, are a part of this sum: a tenth, or a
-        # fiftieth. If it is too small, the last layers hardly see which token they read.
+        # ln V. nn.Embedding would start with a deviation of 1. As this table is the output layer as
+        # well, logits would have a deviation of √C = 28 for C = 768.
+        # Some matrices start smaller. Each block adds two results to its input. A sum of n results
+        # of random sign is about √n times as large as one of them; here n is 2 · n_layers. So in
+        # the layers that make these results, the numbers are divided by √n, for 12 blocks by
+        # √24 = 4.9. Then the numbers of the sum after 12 blocks are about 0.3, otherwise 1.5
+        # (measured). The vectors of token and position, together about 0.03, are a part of this
+        # sum: a tenth, or a fiftieth. If this share is too small, the last layers hardly see which
+        # token they read.
         for name, p in self.named_parameters():
             if name.endswith(("projection.weight", "shrink.weight")):
                 nn.init.normal_(p, std=0.02 / (2 * n_layers) ** 0.5)  # Radford et al. 2019
@@ -831,7 +835,7 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     """Yield new token ids that continue the list `ids`. The model sees at most BLOCK_SIZE of them.
 
     The caches keep the keys and values of the tokens so far, so only new ones go through the model.
-    The table of positions has 1,024 rows, so there is none for token 1,025. Then the older half is
+    With BLOCK_SIZE = 1,024, there is no row of positions for token 1,025. Then the older half is
     dropped. The others move to positions 0, 1, ..., so their keys and values are computed again,
     and there is room for 512 more. To drop one token each time would compute all each time.
 
@@ -874,8 +878,9 @@ def for_generation(model):
 
     Weights are small (they start near 0.02), far below 65,504. On a CPU, HalfLinear (after the
     lesson) copies those of the layers to float16, beside the parameters in float32: 0.25 GB more.
-    What goes into these layers and comes out is rounded to float16, too. (Logits may be about -100.
-    There, float16 has steps of 1/16, so a probability can be off by 3%.) All else stays in float32.
+    HalfLinear uses them for single tokens. What goes in and comes out is rounded to float16, too.
+    (Logits may be about -100. There, float16 has steps of 1/16, so a probability can be off by 3%.)
+    All else stays in float32.
     On a GPU there is a copy of the model with all its numbers in bfloat16, for which none is too
     large.
 
@@ -913,8 +918,8 @@ def stream(tokenizer, tokens):
 #   parameters in place of 7.3. After 100 steps, a table of its own for predicting gains nothing.
 # At first, the loss is near ln 50,257 = 10.82. 6.72 nats are 3.14 bits per character (in the
 # validation part, a token has 3.085 characters). This model has read a third of the text. One of
-# 256 channels that reads it 13 times, in 24 minutes, comes to 4.69 nats, 2.19 bits (scratch-small
-# in tests/RESULTS.md). char_gpt.py reaches 2.14 bits in 2 minutes: for a text of 338,025 tokens, a
+# 256 channels that reads it 13 times comes to 4.69 nats, 2.19 bits (scratch-small in
+# tests/RESULTS.md). char_gpt.py reaches 2.14 bits in 2 minutes: for a text of 338,025 tokens, a
 # table of 50,257 is large. 38,551 of them never come in it.
 
 
@@ -1208,7 +1213,7 @@ def download(url, path, digest):
     """Fetch a file whose SHA-256 is `digest`. What an earlier try has left in PATH.part is used.
 
     The SHA-256 is a number of 256 bits that is computed from all bytes of a file. If one byte is
-    missing or other, it is another number. So a broken or exchanged file is never used.
+    missing or other, it is another number. So what is fetched is the right file, or not kept.
     UserError: it cannot be fetched; the message tells where to put a copy by hand."""
     part = Path(f"{path}.part")
     print(f"downloading {url}", flush=True)
@@ -1330,7 +1335,7 @@ def read_pieces(file, n_characters):
     rest = ""
     while more := file.read(n_characters):
         rest += more
-        # As late as possible (.*): a visible character (\\S) with a space or newline after it.
+        # As late as possible (.*): a visible character (\S) with a space or newline after it.
         place = re.match(r".*\S(?=[ \n])", rest, re.DOTALL)
         cut = place.end() if place else len(rest)
         yield rest[:cut]
@@ -1377,7 +1382,7 @@ class HalfLinear(nn.Module):
 
     def forward(self, x):
         """Compute x W + b of x (B, T, n): (B, T, m)."""
-        if x.shape[1] > 1:  # a prompt: each weight serves many tokens, so reading takes no time
+        if x.shape[1] > 1:  # a prompt: each weight serves many tokens, so its reading hardly counts
             return self.linear(x)
         y = F.linear(x.half(), self.half).float()  # PyTorch sums the products in float32
         return y if self.linear.bias is None else y + self.linear.bias

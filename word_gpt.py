@@ -199,8 +199,8 @@ class Tokenizer:
     ([3, 4, 3, 1], 'the film <eos>')
 
     The price of <unk>: "some word that I do not know" is easier to predict than the word itself. So
-    the more words are unknown, the lower the loss, and the less it says about real words. (See
-    estimate_loss for a figure, and "Try this".)"""
+    the more words are unknown, the lower the loss, and the less it says about real words. (For
+    figures, see estimate_loss and "Try this".)"""
 
     pad, unk, eos = 0, 1, 2  # no words: an empty place, any unknown word, the end of a document
 
@@ -293,19 +293,20 @@ def get_batch(tokens, batch_size, block_size, device):
         it is filled up with <pad>             end <eos> <pad> <pad>
         it is moved back, until it ends there  ... the end <eos>, which is then the last target
 
-    We trained 600 steps in each way. Then, on the validation part, windows started anywhere, and we
-    took the mean of the probability that the model gave to <eos>:
+    We trained 600 steps in each way. Then, on the validation part, windows of the first way started
+    anywhere, and we took the mean of the probability that the model gave to <eos>:
 
         way           loss    at position 20   62      63   (its share is 0.43%)
         runs on       5.65    0.44%            0.44%   0.47%
         <pad>         5.71    0.51%            0.57%   0.55%
         moved back    5.68    0.02%            0.11%   14.4%
 
-    <pad> would fill 14% of the places, and nothing is learned there. The same number of <eos> is
-    then among 86% as many words, so the model expects 0.43% / 0.86 = 0.50%. Windows that are moved
-    back lose no place. But they teach that reviews end at position 63, the last one, and never
-    before: of 60 samples, 49 ended near their 64th word. A model must meet in training what it will
-    be asked later, at each position."""
+    <pad> would fill 14% of the places, and nothing is learned there: 64 / 231 = 28% of the windows
+    meet an end, and lose half of their places on average. The same number of <eos> is then among
+    86% as many words, so the model expects 0.43% / 0.86 = 0.50% on average (late positions lose
+    more words, and expect more). Windows that are moved back lose no place. But they teach that
+    reviews end at position 63, the last one, and never before: of 60 samples, 49 ended near their
+    64th word. A model must meet in training what it will be asked later, at each position."""
     starts = torch.randint(len(tokens) - 1, (batch_size, 1))  # from 0 to N - 2
     x, y = cut_windows(tokens, starts, torch.tensor(len(tokens)), block_size)
     return x.to(device), y.to(device)
@@ -499,8 +500,8 @@ class AdaptiveSoftmax(nn.Module):
 
     All P sum to 1: 0.4 + 0.2 + 0.1 + (0.1 + 0.1) + (0.08 + 0.02). Ids are sorted by frequency, so a
     group is a range of ids. Here V = 7, and the cutoffs 3 and 5 are where g0 and g1 begin. The
-    weight has a row of C numbers for each word and each group. A logit is the product of x and a
-    row, plus the bias of the row, which learns how frequent the word is:
+    weight has a row of C numbers for each word and each group. x are the C numbers of a position. A
+    logit is x · row, plus the bias of the row, which learns how frequent the word is:
 
         row of the weight    0   1   2   3   4     5   6     7   8
         its logit is of     g0  g1  w0  w1  w2  |  w3  w4  |  w5  w6
@@ -530,7 +531,7 @@ class AdaptiveSoftmax(nn.Module):
 
     def place(self, ids):
         """Return which row a word has: those of groups come first."""
-        # An id below 0 is a mistake. It must fail, and not become the row of a group.
+        # An id below 0 (a target of -100) is a mistake. It must fail, not become a group's row.
         return torch.where(ids < 0, ids, ids + len(self.cutoffs))
 
     def embed(self, idx):
@@ -541,7 +542,7 @@ class AdaptiveSoftmax(nn.Module):
         """Return the logits of softmax i, 0 for the first choice: (..., C) -> (..., its rows)."""
         weight = self.weight.split(self.rows)[i]
         bias = self.bias.split(self.rows)[i]
-        return multiply(x, weight, bias).float()  # x @ weight.T + bias: see behind the lesson
+        return multiply(x, weight, bias).float()  # x @ weight.T + bias: see section 7
 
     def first_choice(self, x):
         """Return ln P of the groups, (..., C) -> (..., groups), and of the frequent words."""
@@ -586,7 +587,7 @@ class AdaptiveSoftmax(nn.Module):
         groups, frequent = self.first_choice(x)
         best, word = frequent.max(-1)
         # After the first choice, two kinds of targets can still be hits: the best frequent word,
-        # and a word of a group that is likelier than it.
+        # and a word of a group that is likelier than it. (A frequent one cannot be above the best.)
         hits = (word == targets) | (-losses > best)
         for i, cutoff in enumerate(self.cutoffs):
             # For those, look into this group if the group as a whole is likelier than the target.
@@ -656,7 +657,8 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
     "known" is the mean loss of all targets but <unk>. With the defaults it is 5.33 at the end, not
     5.31: 1.3% of the targets are <unk>, and cost 4.2 nats, less than a word. To tell which of the
     61,225 rare words of the training part it is would cost ln 61,225 = 11.0 nats more, if they were
-    equally likely. The mean would be 5.31 + 1.3% · 11.0 = 5.46. So much does <unk> hide.
+    equally likely. (And some are none of them.) The mean would be 5.31 + 0.0131 · 11.0 = 5.46. So
+    <unk> hides at least 0.14 nats.
 
     Two predictions, where the true next words got the probabilities 0.3 and 0.05:
 
@@ -677,14 +679,15 @@ def estimate_loss(model, tokens, batch_size, eval_iters=None):
         this model                       5.31     203          18.03%
 
     The word before: how often each word followed it in the training part. For a pair that never
-    came, this would be P = 0. So it is mixed with how frequent each word is. (Witten-Bell: if w
-    came n times, and m different words followed, the second gets the part m / (n + m).)
+    came, this would be P = 0. So it is mixed with how frequent each word is. (Witten-Bell: if the
+    word before came n times, with m different words after it, then how frequent each word is counts
+    for the part m / (n + m).)
 
     A loss per word and one per character do not compare: a word has 5.4 characters, with the space.
     Bits per character do, on the same text, with the same <unk>. A bit is ln 2 = 0.69 nats, so 5.31
     nats per word are 5.31 / (0.693 · 5.40) = 1.42 bits per character. (Those of the test part are
-    1.42, too. Shakespeare in char_gpt.py, with 2.14, is another text: it has capitals and
-    punctuation, and no <unk>, which makes a loss too low.)
+    1.42, too. Shakespeare in char_gpt.py, with 2.14, is another text, with capitals, punctuation
+    and no <unk>.)
 
     Each document is cut into windows side by side, so each of its tokens but the first is a target
     once. With `eval_iters`, at most that many batches are used, evenly spread. No random number is
@@ -1325,7 +1328,7 @@ def download(url, path, digest):
     """Fetch a file whose SHA-256 is `digest`. What an earlier try has left in PATH.part is used.
 
     The SHA-256 is a number of 256 bits that is computed from all bytes of a file. If one byte is
-    missing or other, it is another number. So a broken or exchanged file is never used.
+    missing or other, it is another number. So what is fetched is the right file, or not kept.
     UserError: it cannot be fetched; the message tells where to put a copy by hand."""
     part = Path(f"{path}.part")
     print(f"downloading {url}", flush=True)

@@ -44,7 +44,7 @@ def clone(tmp_path_factory):
         run(folder, f"python {name}.py")
     for name in ("tests", "requirements.txt"):
         (folder / name).symlink_to(ROOT / name)
-    block = re.search(r"(?s:in a file `sums\.py`.*?)\n\n((?:    .*\n)+)", README)[1]
+    block = re.search(r"(?s:in `sums\.py`.*?)\n\n((?:    .*\n)+)", README)[1]
     source = re.sub("^    ", "", block, flags=re.M).replace("60_000", "200")
     (folder / "sums.py").write_text(source, encoding="utf-8")
     return folder
