@@ -13,9 +13,9 @@ a small text of another kind. It needs few steps: they know English already. Wha
 - openai_name, load_pretrained: OpenAI's weights, renamed, fit into LM
 - make_optimizers: AdamW alone. Muon (section 6 of char_gpt.py) multiplies C × C matrices by each
   other, which takes C³ products, whatever the number of tokens. The model takes C² for each token.
-  For a step of 1,024 tokens, Muon would add twice the model's work. (In char_gpt.py, it adds 12%.
-  By arithmetic, it would add 6% to a step of 32,768 tokens on a GPU. We had no GPU to try it, and
-  keep one recipe.)
+  With its five rounds, Muon would add twice the model's work to a step of 1,024 tokens. (In
+  char_gpt.py, it adds 12%. By arithmetic, it would add 6% to a step of 32,768 tokens on a GPU. We
+  had no GPU to try it, and keep one recipe.)
 - join_processes: several processes, each with a GPU, share a step
 - train_step: the gradients of several small batches are added up (gradient accumulation)
 - bits_per_character: what compares with char_gpt.py, whose tokens are shorter
@@ -31,17 +31,19 @@ a small text of another kind. It needs few steps: they know English already. Wha
 
 Measured with random weights (2 cores of an AMD EPYC, Linux, Python 3.11, torch 2.13.0): all logits
 are those of another implementation, Hugging Face's transformers 5.23.0, to 0.000002. OpenAI's
-weights (548 MB, fetched once) were not at hand, so no loss of fine-tuning is given here. A run's
-file has 2.0 GB: the last parameters and the best ones, 0.5 GB each, and AdamW's averages, 1 GB.
-Saving needs twice the space for a moment.
+weights (548 MB, fetched once; 50 MB of them are masks) were not at hand, so no loss of fine-tuning
+is given here. A run's file has 2.0 GB: the last parameters and the best ones, 0.5 GB each, and
+AdamW's averages, 1 GB. Saving needs twice the space for a moment. On a CPU, a run needs 6 GB of
+memory.
 
 A GPU needs about 5 GB, by arithmetic. Parameters, gradients, AdamW's averages and the best
 parameters are five times 0.5 GB, a copy of the parameters in bfloat16 (see LM.forward) 0.25 GB.
 Each of the BATCH_SIZE = 2 windows of 1,024 tokens adds 0.38 GB for what `backward` needs of the
-blocks: 40 bytes for each of 12 · 768 · 1,024 numbers. (14 results have 2 bytes: two of LayerNorm,
-q, k, v, one of attention, two times four of feed-forward. Two sums have 4 bytes, two masks of
-dropout 2.) It adds 0.7 GB for 1,024 · 50,257 logits: 0.1 GB for them in bfloat16, and three times
-0.2 GB for them in float32, their softmax, and their gradient.
+blocks: 40 bytes for each of 12 · 768 · 1,024 numbers. (14 results have 2 bytes, as the next product
+reads them in bfloat16: two of LayerNorm, q, k, v, one of attention, two times four of feed-forward.
+Two sums have 4 bytes each, two masks of dropout 2 each.) And it adds 0.7 GB for 1,024 · 50,257
+logits: 0.1 GB for them in bfloat16, and three times 0.2 GB for them in float32, their softmax, and
+their gradient.
 
 On a CPU, a run that was stopped and resumed ends with the same bits as an unbroken one of as many
 steps. On a GPU, it does not quite: many processors add up the gradients of attention, in an order
@@ -765,7 +767,7 @@ def train(model, tokenizer, optimizers, splits, run):
             is_due = step % EVAL_INTERVAL == 0 or step == run["max_iters"]
             if is_due and step not in run["history"] and RANK == 0:
                 run["history"][step] = evaluate(model, tokenizer, splits, run["prompt"], step)
-                if step > run["step"]:  # not at the beginning: nothing is learned yet
+                if step > run["step"]:  # not at the beginning: nothing has changed yet
                     save_step(run, step, model, optimizers, time.perf_counter() - start)
             if step == run["max_iters"]:
                 break  # this round was for the last evaluation
@@ -879,16 +881,16 @@ def for_generation(model):
     Weights are small (they start near 0.02), far below 65,504. On a CPU, HalfLinear (after the
     lesson) copies those of the layers to float16, beside the parameters in float32: 0.25 GB more.
     HalfLinear uses them for single tokens. What goes in and comes out is rounded to float16, too.
-    (Logits may be about -100. There, float16 has steps of 1/16, so a probability can be off by 3%.)
-    All else stays in float32.
+    (Logits may be about -100. There, float16 has steps of 1/16, so a logit can be off by 1/32, and
+    a probability by e^(1/32) - 1 = 3%.) All else stays in float32.
     On a GPU there is a copy of the model with all its numbers in bfloat16, for which none is too
     large.
 
     Measured on 2 cores of an AMD EPYC: a token takes 31 ms with float32, and 9 ms with float16. Of
-    these, 6 ms are for the products, which read the weights at 80% of the speed that the memory
-    allows. In float32, PyTorch's products of a single vector reach about a third of that speed: so
-    the gain is more than half. The other 3 ms are attention, the draw, and some 300 small operators
-    (sums, copies, LayerNorm), each started by Python."""
+    the 9 ms, the products take 6, and read the weights at 80% of the speed that the memory allows.
+    (In float32, PyTorch's products of a single vector reach about a third of that speed. So float16
+    gains more than half of the time.) Attention, the draw, and some 300 small operators (sums,
+    copies, LayerNorm), each started by Python, take the other 3 ms."""
     device = next(model.parameters()).device
     if not HALF_WEIGHTS or device.type == "mps":
         return model
@@ -918,7 +920,7 @@ def stream(tokenizer, tokens):
 # - The same without the line `self.tie_weights()` in LM: 6.75, no difference, with 13.7 million
 #   parameters in place of 7.3. After 100 steps, a table of its own for predicting gains nothing.
 # At first, the loss is near ln 50,257 = 10.82. 6.72 nats are 3.14 bits per character (in the
-# validation part, a token has 3.085 characters). This model has read a third of the text. One of
+# validation part, a token has 3.085 characters). It has read a third of the training text. One of
 # 256 channels that reads it 13 times comes to 4.69 nats, 2.19 bits (scratch-small in
 # tests/RESULTS.md). char_gpt.py reaches 2.14 bits in 2 minutes: for a text of 338,025 tokens, a
 # table of 50,257 is large. 38,551 of them never come in it.

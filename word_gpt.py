@@ -809,7 +809,7 @@ def train(model, tokenizer, optimizers, splits, run):
             is_due = step % EVAL_INTERVAL == 0 or step == run["max_iters"]
             if is_due and step not in run["history"]:
                 run["history"][step] = evaluate(model, tokenizer, splits, run["prompt"], step)
-                if step > run["step"]:  # not at the beginning: nothing is learned yet
+                if step > run["step"]:  # not at the beginning: nothing has changed yet
                     save_step(run, step, model, optimizers, time.perf_counter() - start)
             if step == run["max_iters"]:
                 break  # this round was for the last evaluation
