@@ -199,8 +199,8 @@ class Tokenizer:
     ([3, 4, 3, 1], 'the film <eos>')
 
     The price of <unk>: "some word that I do not know" is easier to predict than the word itself. So
-    the more words are unknown, the lower the loss, and the less it says about real words. (For
-    figures, see estimate_loss and "Try this".)"""
+    the more words are unknown, the lower the loss, and the less it says about real words. (For a
+    figure, see estimate_loss.)"""
 
     pad, unk, eos = 0, 1, 2  # no words: an empty place, any unknown word, the end of a document
 
