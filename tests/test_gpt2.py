@@ -233,7 +233,7 @@ WRONG_FILES = {
     "a pointer of Git LFS": lambda path: b"version https://git-lfs.github.com/spec/v1\noid sha256:",
     "a web page": lambda path: b"<!doctype html>\n<html>Too many requests</html>",
     "a file of torch.save": lambda path: (torch.save({"x": 1}, path), path.read_bytes())[1],
-    "one of several parts": without_the_last_layer,
+    "in several files": without_the_last_layer,
     "cut off": lambda path: path.read_bytes()[:-100],
     "cut off, or no safetensors": lambda path: path.read_bytes()[:100],
     "cut off, or no safetensors file": lambda path: b"",
