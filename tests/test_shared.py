@@ -29,7 +29,8 @@ INTENDED = {
         "one fused function": "Head.forward",
         "biases on q, k, v; keys and values go through a cache": "MultiHead.__init__ "
         "MultiHead.forward Block.forward generate",
-        "gelu, tied weights, GPT-2's start": "FeedForward.forward LM LM.__init__ LM.forward",
+        "gelu": "FeedForward FeedForward.forward",
+        "tied weights, GPT-2's start": "LM LM.__init__ LM.forward",
         "AdamW alone": "make_optimizers",
         "accumulation, several processes": "train_step train show_progress",
         "OpenAI's weights, and --init": "new_run list_runs",
