@@ -306,7 +306,10 @@ def get_batch(tokens, batch_size, block_size, device):
     86% as many words, so the model expects 0.43% / 0.86 = 0.50% on average (late positions lose
     more words, and expect more). Windows that are moved back lose no place. But they teach that
     reviews end at position 63, the last one, and never before: of 60 samples, 49 ended near their
-    64th word. A model must meet in training what it will be asked later, at each position."""
+    64th word. A model must meet in training what it will be asked later, at each position.
+
+    To expect <eos> as often as it comes is not yet to know where it comes. After 900 steps of a run
+    with the defaults, <eos> gets 3.4% on average where a review ends, and 0.40% elsewhere."""
     starts = torch.randint(len(tokens) - 1, (batch_size, 1))  # from 0 to N - 2
     x, y = cut_windows(tokens, starts, torch.tensor(len(tokens)), block_size)
     return x.to(device), y.to(device)
