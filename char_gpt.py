@@ -172,7 +172,7 @@ def get_batch(tokens, batch_size, block_size, device):
 # The bricks, all from PyTorch:
 # - A layer, nn.Linear(n, m), turns a vector x of n numbers into one of m numbers: y = x W + b. The
 #   matrix W (n × m numbers) and the bias b (m numbers) are parameters. They start random, between
-#   -1/√n and 1/√n (LM, below, starts some otherwise), and training changes them. For x = (1, 2), W
+#   -1/√n and 1/√n (unless LM sets them, see below), and training changes them. For x = (1, 2), W
 #   with the rows (3, 0) and (1, 1), and b = (10, 20): y = (1 · 3 + 2 · 1 + 10, 1 · 0 + 2 · 1 + 20),
 #   which is (15, 22). PyTorch stores W with rows and columns exchanged, as `weight`, (m, n). A
 #   tensor (B, T, n) becomes (B, T, m).
