@@ -545,7 +545,7 @@ class AdaptiveSoftmax(nn.Module):
         """Return the logits of softmax i, 0 for the first choice: (..., C) -> (..., its rows)."""
         weight = self.weight.split(self.rows)[i]
         bias = self.bias.split(self.rows)[i]
-        return multiply(x, weight, bias).float()  # x @ weight.T + bias: see section 7
+        return multiply(x, weight, bias).float()  # x @ weight.T + bias: see section 8
 
     def first_choice(self, x):
         """Return ln P of the groups, (..., C) -> (..., groups), and of the frequent words."""
